@@ -1,0 +1,55 @@
+# make demo   a phantom examination, read and explained: prints where the report is
+# make test   the tests
+# Both do their own set-up in .venv. Choose the Python with PYTHON=..., a torch build with TORCH_INDEX=... (README.md).
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.medrationale-installed
+DEMO := build/demo
+# Threads that spin while they wait make torch many times slower when anything else uses the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  got=$$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 || echo missing); \
+	  echo "MedRationale needs Python 3.10 or newer, but '$(PYTHON)' is $$got;" \
+	    "name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv first" >&2; exit 1; }
+
+# torch comes first and alone, so that an installed pair or the chosen build is what everything else is fitted to.
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(PIP) show --quiet torch torchvision || \
+	  $(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
+	@{ grep -v '^torch' constraints.txt; $(PIP) list --format=freeze | grep -E '^torch(vision)?=='; } \
+	  > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/medrationale phantom --out $(DEMO)/phantom
+	$(BIN)/medrationale predict --case $(DEMO)/phantom --out $(DEMO)/report
+	@echo "The report is $(CURDIR)/$(DEMO)/report/report.html"
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+# Leaves $(VENV) alone: it takes minutes to make; remove it by hand.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find MedRationaleLib Training Testing -name __pycache__ -type d -prune -exec rm -rf {} +

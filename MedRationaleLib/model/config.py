@@ -1,0 +1,90 @@
+"""Sizes of the model; one code path builds every one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CLASSES = ("gland", "pz", "tz", "lesion")
+"""Order of the mask decoder's class tokens and of every mask axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """f_txt."""
+
+    kind: Literal["clip", "biomedclip"] = "clip"
+    """"clip": open_clip's TextTransformer with its bundled tokenizer cut to the words in use; "biomedclip": BERT."""
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    context_length: int = 32
+    """Tokens; BiomedCLIP has 256."""
+    folder: str | None = None
+    """"biomedclip": local folder with config.json and the tokenizer's files; None builds the architecture only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """RationaleModel. The defaults are `compact`, the model that ships."""
+
+    name: str = "compact"
+    pixels: int = 256
+    """Rows and columns of the input; the crop is 192 mm, so 0.75 mm a pixel."""
+    patch: int = 16
+    """Pixels a patch embedding covers (SAM: 16)."""
+    embed_dim: int = 192
+    """Width of the image encoder (SAM ViT-B: 768)."""
+    depth: int = 8
+    """Transformer blocks (SAM ViT-B: 12)."""
+    heads: int = 6
+    """Attention heads (SAM ViT-B: 12)."""
+    window: int = 8
+    """Side of the attention windows in patches (SAM: 14)."""
+    global_attention: tuple[int, ...] = (1, 3, 5, 7)
+    """Blocks that attend over the whole slice (SAM ViT-B: 2, 5, 8, 11)."""
+    neck_dim: int = 192
+    """Channels of the image embedding (SAM: 256)."""
+    axial_every: int = 2
+    """Mix neighbouring slices after every so many blocks, as MA-SAM's adapters do; 0 is the paper's 2-D encoder."""
+    axial_dim: int = 48
+    """Bottleneck of the axial mixing."""
+    decoder_depth: int = 2
+    """Two-way transformer layers of the mask decoder (SAM: 2)."""
+    decoder_heads: int = 6
+    """(SAM: 8)."""
+    decoder_mlp: int = 768
+    """(SAM: 2048)."""
+    detail_dim: int = 16
+    """Channels of the high-resolution stem that joins the decoder and the shared space; 0 is the paper's decoder."""
+    shared_dim: int = 96
+    """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+def compact() -> ModelConfig:
+    """The default that ships: under 12 million parameters, made for two CPU cores."""
+    return ModelConfig()
+
+
+def medsam_biomedclip() -> ModelConfig:
+    """The paper's model: SAM ViT-B (MedSAM weights) and BiomedCLIP's text tower."""
+    return ModelConfig(
+        name="medsam_biomedclip",
+        pixels=1024,
+        embed_dim=768,
+        depth=12,
+        heads=12,
+        window=14,
+        global_attention=(2, 5, 8, 11),
+        neck_dim=256,
+        axial_every=0,
+        decoder_heads=8,
+        decoder_mlp=2048,
+        detail_dim=0,
+        shared_dim=512,
+        text=TextConfig(kind="biomedclip", width=768, layers=12, heads=12, context_length=256),
+    )
+
+
+PRESETS = {"compact": compact, "medsam_biomedclip": medsam_biomedclip}

@@ -1,0 +1,1 @@
+"""Training of MedRationale's models. Imports MedRationaleLib and is never imported by it."""

@@ -1,0 +1,158 @@
+"""The synthetic rationale set on disk: made once, seeded, resumable; and the examples that training draws from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from MedRationaleLib.errors import InputError
+from MedRationaleLib.synthesis import synthesize
+from MedRationaleLib.synthesis.anatomy import phantom_anatomy, random_placement
+from MedRationaleLib.synthesis.regions import Region
+from MedRationaleTraining.data.label_maps import Split, open_label_maps
+from MedRationaleTraining.data.real_backgrounds import RealBackgrounds
+
+_logger = logging.getLogger(__name__)
+LESION_BIT, VALID_SHIFT = 4, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """What the synthetic set is made of."""
+
+    picai_labels: str | None = None
+    """Clone of DIAGNijmegen/picai_labels or the packed anatomy archive; None makes procedural phantoms only."""
+    real_backgrounds: str | None = None
+    """Folder of real examinations (zones.nii.gz with t2w, or adc and dwi) to take surroundings from."""
+    real_share: float = 0.65
+    """How often the surroundings are real."""
+    keep_gland: float = 0.35
+    """How often, then, the real gland's interior stays."""
+    split: Split = "train"
+    """Which patients' label maps; the test split is for evaluation only."""
+    cases: int = 600
+    """Examinations to make; more than there are label maps gives each several appearances."""
+    phantoms: float = 0.05
+    """Share of procedural glands."""
+    seed: int = 0
+    """Examination i of a set is made from (seed, i) alone."""
+    workers: int = 1
+    """Processes."""
+
+
+def make_set(out: Path, config: SynthesisConfig) -> int:
+    """Write the set to `out`; what is there already is kept, so an interrupted run goes on. Returns how many were made."""
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = out / "config.json"
+    wanted = {k: v for k, v in asdict(config).items() if k not in ("workers", "cases")}
+    if stamp.exists() and json.loads(stamp.read_text()) != wanted:
+        raise InputError(
+            f"Expected a set made with the same settings in {out}, got {stamp.read_text()}; "
+            "choose another folder or remove this one."
+        )
+    stamp.write_text(json.dumps(wanted))
+    missing = [i for i in range(config.cases) if not (out / f"{i:05d}" / "rationales.json").exists()]
+    make = partial(_make_one, out=out, config=config)
+    if config.workers > 1:
+        with ProcessPoolExecutor(config.workers) as pool:
+            for _ in track(pool.map(make, missing, chunksize=2), "Synthesising", total=len(missing)):
+                pass
+    else:
+        for index in track(missing, "Synthesising"):
+            make(index)
+    return len(missing)
+
+
+_sources: dict[SynthesisConfig, tuple] = {}
+
+
+def _open_sources(config: SynthesisConfig) -> tuple:
+    """Label maps and backgrounds, opened once a process."""
+    if config not in _sources:
+        maps = open_label_maps(config.picai_labels) if config.picai_labels else None
+        backgrounds = None
+        if config.real_backgrounds:
+            backgrounds = RealBackgrounds(
+                config.real_backgrounds, share=config.real_share, keep_gland=config.keep_gland
+            )
+        _sources[config] = (maps, maps.cases(config.split) if maps else [], backgrounds)
+    return _sources[config]
+
+
+def _make_one(index: int, *, out: Path, config: SynthesisConfig) -> None:
+    rng = np.random.default_rng((config.seed, index))
+    maps, cases, backgrounds = _open_sources(config)
+    if maps is None or rng.random() < config.phantoms:
+        anatomy = phantom_anatomy(rng)
+    else:
+        # Walk through all label maps in a fixed shuffled order, so that a set covers as many patients as it can.
+        order = np.random.default_rng(config.seed).permutation(len(cases))
+        label_map = maps.load(cases[order[index % len(cases)]])
+        anatomy = random_placement(label_map.zones, label_map.lesions, rng, source=label_map.case_id)
+    exam = synthesize(anatomy, rng, background=backgrounds)
+    labels = exam.anatomy.zones | (exam.lesions.astype(np.uint8) * LESION_BIT)
+    for channel in range(3):
+        labels |= exam.valid[channel].astype(np.uint8) << (VALID_SHIFT + channel)
+    # A folder is complete once its last file is in place; the temporary folder is on the same file system.
+    folder, temporary = out / f"{index:05d}", out / f".{index:05d}.{os.getpid()}"
+    temporary.mkdir(exist_ok=True)
+    np.save(temporary / "images.npy", exam.images.astype(np.float16))
+    np.save(temporary / "labels.npy", np.stack([labels, exam.regions]))
+    (temporary / "rationales.json").write_text(
+        json.dumps(
+            {
+                "source": exam.anatomy.source,
+                "b_value": exam.b_value,
+                "regions": [asdict(region) for region in exam.rationales],
+            }
+        )
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredExam:
+    """One examination of the set, memory-mapped."""
+
+    images: np.ndarray
+    """(3, S, H, W) float16."""
+    labels: np.ndarray
+    """(S, H, W) uint8: bits 0-1 zone, 2 lesion, 3-5 validity of T2W, ADC, DWI."""
+    regions: np.ndarray
+    """(S, H, W) uint8."""
+    rationales: tuple[Region, ...]
+    source: str
+
+    @classmethod
+    def open(cls, folder: Path) -> StoredExam:
+        """Map the arrays; nothing is read yet."""
+        data = json.loads((folder / "rationales.json").read_text())
+        labels = np.load(folder / "labels.npy", mmap_mode="r")
+        return cls(
+            images=np.load(folder / "images.npy", mmap_mode="r"),
+            labels=labels[0],
+            regions=labels[1],
+            rationales=tuple(Region(**region) for region in data["regions"]),
+            source=data["source"],
+        )
+
+
+def stored_exams(folder: str | Path) -> list[Path]:
+    """Folders of a set's examinations."""
+    found = sorted(p.parent for p in Path(folder).glob("[0-9]*/rationales.json"))
+    if not found:
+        raise InputError(
+            f"Expected a synthetic set in {folder}, found none; make one with `medrationale-train synthesize`."
+        )
+    return found

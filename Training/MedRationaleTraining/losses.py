@@ -1,0 +1,99 @@
+"""Eq. 2 of the paper: Dice and focal loss for the masks, InfoNCE between image and rationale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from monai.losses import DiceLoss, FocalLoss
+from torch import Tensor, nn
+
+from MedRationaleLib.decision_tree import DecisionTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms."""
+
+    focal_alpha: float = 0.97
+    """Weight of the positive class (paper, section 5.1)."""
+    focal_gamma: float = 2.0
+    """(paper, section 5.1)."""
+    focal_weight: float = 1.0
+    dice_weight: float = 1.0
+    node_weight: float = 0.3
+    """InfoNCE of a region against the candidate concepts of each node."""
+    slice_weight: float = 0.1
+    """The same with the whole slice's mean embedding, the paper's unit."""
+    rationale_weight: float = 0.1
+    """InfoNCE of regions against whole rationales within the batch."""
+
+
+class SegmentationLoss(nn.Module):
+    """L_seg = Dice + FL_{alpha, gamma}; Dice over the whole batch, so that slices without a lesion are defined."""
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
+        self._focal = FocalLoss(alpha=config.focal_alpha, gamma=config.focal_gamma)
+
+    def forward(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, classes, h, w) logits and masks in [0, 1] -> weighted Dice and focal terms."""
+        dice = self._dice(logits, masks) * self._config.dice_weight
+        return dice, self._focal(logits, masks) * self._config.focal_weight
+
+
+def info_nce(similarity: Tensor, positive: Tensor, scale: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """-log( sum_{k positive} exp(s_k / tau) / sum_{k candidate} exp(s_k / tau) ), mean over rows.
+
+    Args:
+        similarity: (R, K) cosine similarities.
+        positive: (R, K) bool, at least one True a row.
+        scale: 1 / tau.
+        candidates: (R, K) bool, which of the K compete; all where None.
+    """
+    logits = similarity * scale
+    if candidates is not None:
+        logits = logits.masked_fill(~candidates, float("-inf"))
+    hit = logits.masked_fill(~positive, float("-inf")).logsumexp(1)
+    return (logits.logsumexp(1) - hit).mean()
+
+
+class NodeTargets:
+    """Which concepts compete at a node, as index tensors over the concept bank."""
+
+    def __init__(self, tree: DecisionTree, concepts: Sequence[str]) -> None:
+        self._tree = tree
+        self.index = {concept: i for i, concept in enumerate(concepts)}
+        self.nodes = [n.id for n in tree.nodes.values() if n.answered_by == "retrieval"] + ["zone"]
+        self.nodes = list(dict.fromkeys(self.nodes))
+
+    def rows(self, answers: Mapping[str, str]) -> list[tuple[str, list[int], int]]:
+        """(node, candidate indices, index of the true concept) of every node that a rationale answers by retrieval."""
+        zone = self._tree.zones.get(answers.get("zone", ""))
+        rows = []
+        for node in self.nodes:
+            concept = answers.get(node)
+            if concept is not None:
+                candidates = self._tree.nodes[node].candidates(None if node == "zone" else zone)
+                rows.append((node, [self.index[c] for c in candidates], self.index[concept]))
+        return rows
+
+    def loss(self, similarity: Tensor, answers: Sequence[Mapping[str, str]], scale: Tensor) -> Tensor:
+        """InfoNCE over all nodes of R rationales; similarity (R, K) of each region to every concept."""
+        picked, masks, positives = [], [], []
+        for row, rationale in enumerate(answers):
+            for _, candidates, truth in self.rows(rationale):
+                mask = torch.zeros(similarity.shape[1], dtype=torch.bool)
+                mask[candidates] = True
+                picked.append(row)
+                masks.append(mask)
+                positives.append(nn.functional.one_hot(torch.tensor(truth), similarity.shape[1]).bool())
+        if not picked:
+            return similarity.sum() * 0
+        device = similarity.device
+        chosen = similarity[torch.tensor(picked, device=device)]
+        allowed = torch.stack(masks).to(device)
+        return info_nce(chosen, torch.stack(positives).to(device), scale, allowed)
