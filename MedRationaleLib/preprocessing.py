@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ class StudyLike(Protocol):
     @property
     def dwi(self) -> sitk.Image | None: ...
     @property
-    def valid(self) -> dict[str, sitk.Image]: ...
+    def valid(self) -> Mapping[str, sitk.Image]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

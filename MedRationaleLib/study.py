@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from .errors import InputError
-from .image_files import SUFFIXES, acquisition_plane, check_volume, read_image
+from .image_files import SUFFIXES, acquisition_plane, check_volume, quiet_itk, read_image
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ NAMES = {"t2w": "T2W", "adc": "ADC", "dwi": "DWI"}
 
 CASE_SUFFIXES = {"t2w": ("t2w", "t2"), "adc": ("adc",), "dwi": ("hbv", "dwi")}
 """How the files of a case folder end, before the extension: PI-CAI's names first, then those of plain folders."""
+
+SYNTHETIC_FIELD, B_VALUE_FIELD = "MedRationaleSynthetic", "MedRationaleBValue"
+"""Header fields of a phantom's files: that no patient was imaged, and the DWI's b-value in s/mm²."""
 
 ADC_UNITS = ((1.0, "1e-6 mm²/s"), (1e3, "1e-3 mm²/s"), (1e6, "mm²/s"))
 """Factor to 1e-6 mm²/s and the name of each unit that is recognised."""
@@ -114,9 +117,13 @@ class Study:
         """Read up to three image files (NIfTI, MHA/MHD, NRRD). `b_value` in s/mm² of the DWI, where it is known."""
         given = {name: path for name, path in (("t2w", t2w), ("adc", adc), ("dwi", dwi)) if path is not None}
         _require_t2w(given, "give it with --t2w")
-        images, provenance = {}, {}
+        images, provenance, patient = {}, {}, dict(patient or {})
         for name, path in given.items():
             images[name], sha256 = read_image(path, NAMES[name])
+            fields = _phantom_fields(path)
+            patient |= {"synthetic": True} if SYNTHETIC_FIELD in fields else {}
+            if name == "dwi" and b_value is None and B_VALUE_FIELD in fields:
+                b_value = float(fields[B_VALUE_FIELD])
             provenance[name] = SeriesProvenance(
                 sequence=name,
                 path=str(path),
@@ -133,8 +140,17 @@ class Study:
         )
 
     @classmethod
-    def from_case(cls, folder: str | Path) -> Study:
-        """Read a folder in PI-CAI naming (`*_t2w.mha`, `*_adc.mha`, `*_hbv.mha`) or with t2w / adc / dwi files."""
+    def from_case(
+        cls,
+        folder: str | Path,
+        *,
+        t2w: str | Path | None = None,
+        adc: str | Path | None = None,
+        dwi: str | Path | None = None,
+        b_value: float | None = None,
+    ) -> Study:
+        """Read a folder in PI-CAI naming (`*_t2w.mha`, `*_adc.mha`, `*_hbv.mha`) or with t2w / adc / dwi files; t2w /
+        adc / dwi name a file instead. `b_value` in s/mm² of the DWI, where it is known."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"Case: expected a folder, got {folder}, which is no folder; check the path.")
@@ -148,9 +164,10 @@ class Study:
             for path in files
             if (match := re.match(r"(.+?)(\.nii(\.gz)?|\.mha|\.mhd|\.nrrd|\.nhdr)$", path.name, re.IGNORECASE))
         ]
-        given: dict[str, Path] = {}
+        named = {name: Path(path) for name, path in (("t2w", t2w), ("adc", adc), ("dwi", dwi)) if path is not None}
+        given = dict(named)
         for name, endings in CASE_SUFFIXES.items():
-            for ending in endings:
+            for ending in endings if name not in named else ():
                 matches = [path for path, stem in stems if stem == ending or stem.endswith(f"_{ending}")]
                 if len(matches) > 1:
                     found = ", ".join(path.name for path in matches)
@@ -169,12 +186,13 @@ class Study:
             )
         identity = re.match(r"(\d+)_(\d+)_t2w\.", given["t2w"].name, re.IGNORECASE)
         patient = {"id": identity[1], "study_id": identity[2]} if identity else {"id": folder.name}
-        study = cls.from_files(t2w=given["t2w"], adc=given.get("adc"), dwi=given.get("dwi"), patient=patient)
+        study = cls.from_files(**given, b_value=b_value, patient=patient)
         reasons = {
             name: replace(source, reason=f"found in the case folder by its name {Path(source.path).name}")
             for name, source in study.provenance.items()
+            if name not in named
         }
-        return replace(study, provenance=reasons)
+        return replace(study, provenance={**study.provenance, **reasons})
 
     @classmethod
     def from_dicom(
@@ -264,6 +282,15 @@ class Study:
         return cls(
             **images, valid=valid, provenance=sources, patient=dict(patient or {}), warnings=tuple(dict.fromkeys(notes))
         )
+
+
+def _phantom_fields(path: str | Path) -> dict[str, str]:
+    """SYNTHETIC_FIELD and B_VALUE_FIELD as far as an image file's header has them."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with quiet_itk():
+        reader.ReadImageInformation()
+    return {key: reader.GetMetaData(key) for key in (SYNTHETIC_FIELD, B_VALUE_FIELD) if reader.HasMetaDataKey(key)}
 
 
 def _require_t2w(given: Mapping[str, object], remedy: str) -> None:

@@ -1,1 +1,1 @@
-"""The model: f_img, f_txt, f_mask and their joint space. The only room of the engine that imports torch at file scope."""
+"""The model: f_img, f_txt, f_mask and their joint space. The engine's only room with torch at file scope."""

@@ -89,7 +89,7 @@ def load_checkpoint(
     folder = model_folder(name_or_path)
     try:
         data = json.loads((folder / CONFIG).read_text())
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data["model"].items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["model"].items()}
         config = ModelConfig(**{**fields, "text": TextConfig(**fields["text"])})
         concepts, vocabulary = data["concepts"], data["vocabulary"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -37,7 +37,7 @@ class AxialMixer(nn.Module):
         return x + self.up(y)
 
 
-class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[misc, name-defined]
+class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
     """segment_anything's ImageEncoderViT (same state_dict keys), plus `axial.*` where slices are mixed."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -119,5 +119,3 @@ class SharedProjection(nn.Module):
         if detail is not None:
             embedding = self.up(embedding) + self.detail(detail)
         return self.fuse(embedding)
-
-

@@ -11,7 +11,7 @@ from MedRationaleLib.model.torchvision_guard import sam_modeling
 _sam = sam_modeling()
 
 
-class ClassMaskDecoder(_sam.MaskDecoder):  # type: ignore[misc, name-defined]
+class ClassMaskDecoder(_sam.MaskDecoder):  # type: ignore[name-defined]
     """segment_anything's MaskDecoder (same state_dict keys); its four mask tokens stand for CLASSES.
 
     SAM's own forward repeats one image for many prompts; here every slice has the same tokens and none has a prompt,

@@ -22,7 +22,7 @@ class ModelOutput:
     embedding: Tensor
     """(B, S, shared_dim, h', w'): f_img in the shared space, one vector a patch, not yet of unit length."""
     inverse_norm: Tensor
-    """(B, S, h', w') float32: 1 / |f_img|. Kept apart, because normalising the whole embedding costs a third of a step."""
+    """(B, S, h', w') float32: 1 / |f_img|. Apart, because normalising the whole embedding costs a third of a step."""
 
     def pool(self, weights: Tensor) -> Tensor:
         """Mean unit embedding of R regions a stack: weights (B, R, S, h', w') >= 0 -> (B, R, shared_dim) float32."""

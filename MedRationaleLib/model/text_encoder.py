@@ -24,6 +24,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         ensure_torchvision()
         self.config = config
+        self.table: Tensor
+        """Token id of open_clip -> token id of this tower."""
         if config.kind == "clip":
             from open_clip.tokenizer import SimpleTokenizer
             from open_clip.transformer import TextTransformer
@@ -87,7 +89,11 @@ class TextEncoder(nn.Module):
         if self._tokenizer is None:
             raise ValueError("a text tower without a folder has no tokenizer; set TextConfig.folder")
         batch = self._tokenizer(
-            list(phrases), max_length=self.config.context_length, padding="max_length", truncation=True, return_tensors="pt"
+            list(phrases),
+            max_length=self.config.context_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         )
         return batch["input_ids"]
 

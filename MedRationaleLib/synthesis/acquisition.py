@@ -1,4 +1,4 @@
-"""From tissue properties to images: diffusion, echo-planar distortion, resolution, noise, ghosts, coil, field of view."""
+"""From tissue to images: diffusion, echo-planar distortion, resolution, noise, ghosts, coil, field of view."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def acquire_t2w(t2w: Volume, rng: np.random.Generator) -> Volume:
     image = gaussian_filter(np.maximum(t2w, 0.01), (0, sigma, sigma))
     image = _mix_slices(image, uniform(rng, 0, 0.12))
     if rng.random() < 0.2:  # motion ghosts along the phase direction
-        image = image + uniform(rng, 0.02, 0.07) * np.roll(image, int(rng.choice([64, 85, 128])), axis=2 if rng.random() < 0.5 else 1)
+        image = image + uniform(rng, 0.02, 0.07) * np.roll(
+            image, int(rng.choice([64, 85, 128])), axis=2 if rng.random() < 0.5 else 1
+        )
     image = _bias(image, rng, uniform(rng, 0.05, 0.3))
     image = _rician(image, uniform(rng, 0.006, 0.045), rng)
     return image * uniform(rng, 200, 1200)
@@ -86,7 +88,14 @@ def acquire_diffusion(
     s, h, w = adc.shape
     shift = rng.normal(0, 1.0, 2) / (2 * PIXEL_MM)
     warp = uniform(rng, 0, 1.2) * smooth_noise(rng, (3, 5, 5), (s, h, w))
-    grid = list(np.meshgrid(np.arange(s, dtype=np.float32), np.arange(h, dtype=np.float32), np.arange(w, dtype=np.float32), indexing="ij"))
+    grid = list(
+        np.meshgrid(
+            np.arange(s, dtype=np.float32),
+            np.arange(h, dtype=np.float32),
+            np.arange(w, dtype=np.float32),
+            indexing="ij",
+        )
+    )
     grid[1] = grid[1] + shift[0] + warp
     grid[2] = grid[2] + shift[1]
     noise = uniform(rng, 0.03, 0.22) * level

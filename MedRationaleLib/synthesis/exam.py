@@ -99,7 +99,8 @@ def synthesize(
         if kept is not None:
             canvas.t2w, nodules = kept, []
             reference = {
-                z: float(np.median(kept[anatomy.zones == z])) if (anatomy.zones == z).any() else reference[z] for z in (1, 2)
+                z: float(np.median(kept[anatomy.zones == z])) if (anatomy.zones == z).any() else reference[z]
+                for z in (1, 2)
             }
     else:
         reference, nodules = paint_gland(canvas, anatomy)
@@ -129,9 +130,19 @@ def _paint_regions(canvas: Canvas, anatomy: Anatomy, reference, nodules, cancers
         mask = anatomy.lesions == label
         zone = 1 if (anatomy.zones[mask] == 1).mean() >= 0.5 else 2
         plan.append(("cancer_pz" if zone == 1 else "cancer_tz", mask))
-    invented = cancers if cancers is not None else int(rng.choice([0, 1, 2], p=[0.45, 0.4, 0.15] if not plan else [0.7, 0.3, 0]))
+    invented = (
+        cancers
+        if cancers is not None
+        else int(rng.choice([0, 1, 2], p=[0.45, 0.4, 0.15] if not plan else [0.7, 0.3, 0]))
+    )
     plan += [(str(rng.choice(["cancer_pz", "cancer_tz"], p=[0.6, 0.4])), None) for _ in range(invented)]
-    for kind, odds in (("wedge_pz", 0.35), ("diffuse_pz", 0.2), ("haemorrhage_pz", 0.25), ("nodule_tz", 0.5), ("band_tz", 0.2)):
+    for kind, odds in (
+        ("wedge_pz", 0.35),
+        ("diffuse_pz", 0.2),
+        ("haemorrhage_pz", 0.25),
+        ("nodule_tz", 0.5),
+        ("band_tz", 0.2),
+    ):
         if rng.random() < odds:
             plan.append((kind, None))
     plan += [("nodule_tz", mask) for mask, _ in nodules[:3]]
@@ -160,4 +171,3 @@ def _paint_regions(canvas: Canvas, anatomy: Anatomy, reference, nodules, cancers
         regions[mask] = region.label
         rationales.append(region)
     return regions, rationales, targets
-

@@ -137,7 +137,8 @@ class Canvas:
     def blank(cls, rng: np.random.Generator, slices: int = SLICES) -> Canvas:
         """A canvas of zeros."""
         shape = (slices, PIXELS, PIXELS)
-        return cls(rng, *(np.zeros(shape, np.float32) for _ in range(3)), TextureBank(rng, shape))
+        t2w, s0, adc = (np.zeros(shape, np.float32) for _ in range(3))
+        return cls(rng, t2w, s0, adc, TextureBank(rng, shape))
 
     def paint(self, mask: Volume, tissue: Tissue, box: Box = WHOLE) -> None:
         """Mix `tissue` in where the soft mask (in [0, 1], of the shape of `box`) says so."""
@@ -152,9 +153,7 @@ class Canvas:
         The box bounds it, so that painting costs what the shape covers and not the whole volume.
         """
         slices = self.t2w.shape[0]
-        cx, cy, rx, ry, angle = (
-            np.broadcast_to(np.asarray(v, np.float32), (slices,)) for v in (cx, cy, rx, ry, angle)
-        )
+        cx, cy, rx, ry, angle = (np.broadcast_to(np.asarray(v, np.float32), (slices,)) for v in (cx, cy, rx, ry, angle))
         live = np.flatnonzero((rx > 0.3) & (ry > 0.3))
         if live.size == 0:
             return np.zeros((0, 0, 0), np.float32), (slice(0, 0),) * 3

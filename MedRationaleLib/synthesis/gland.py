@@ -32,7 +32,7 @@ def soft(mask: np.ndarray, sigma_mm: float = 0.6) -> Volume:
 
 
 def paint_gland(canvas: Canvas, anatomy: Anatomy) -> tuple[dict[int, float], list[tuple[np.ndarray, bool]]]:
-    """Paint PZ and TZ. Returns the T2W reference of each zone {1: PZ, 2: TZ} and the larger nodules (mask, glandular)."""
+    """Paint PZ and TZ. Returns each zone's T2W reference {1: PZ, 2: TZ} and the larger nodules (mask, glandular)."""
     rng = canvas.rng
     if not anatomy.gland.any():
         return {1: PERIPHERAL.t2w, 2: TRANSITION.t2w}, []
@@ -64,7 +64,7 @@ def _paint_nodules(canvas: Canvas, anatomy: Anatomy, inside: Volume) -> list[tup
         return []
     large = []
     volume_ml = tz.shape[0] * 3 * 0.75**2 / 1000
-    for _ in range(int(rng.integers(0, 4 + min(14, volume_ml / 3)))):
+    for _ in range(int(rng.integers(0, int(4 + min(14, volume_ml / 3))))):
         s, r, c = tz[rng.integers(len(tz))]
         radius = float(np.clip(rng.lognormal(np.log(5.0), 0.45), 2, 14))
         extent = np.sqrt(np.clip(1 - ((np.arange(inside.shape[0]) - s) * 3.0 / radius) ** 2, 0, 1))
@@ -99,12 +99,27 @@ def _paint_midline(canvas: Canvas, anatomy: Anatomy) -> None:
 
     cx, cy, rx, ry = (frame[k] for k in ("cx", "cy", "rx", "ry"))
     if rng.random() < 0.8:
-        put(FIBROMUSCULAR, cx, cy - ry * uniform(rng, 0.85, 1.0), rx * uniform(rng, 0.25, 0.6) * live,
-            ry * uniform(rng, 0.1, 0.3), warp=0.3, soft_mm=1.5)
+        put(
+            FIBROMUSCULAR,
+            cx,
+            cy - ry * uniform(rng, 0.85, 1.0),
+            rx * uniform(rng, 0.25, 0.6) * live,
+            ry * uniform(rng, 0.1, 0.3),
+            warp=0.3,
+            soft_mm=1.5,
+        )
     if rng.random() < 0.6:
         put(GLANDULAR, cx, cy - ry * uniform(rng, -0.1, 0.25), 1.8 * live, 2.6 * live)
     towards_base = np.clip(1 + (frame["base"] + 4) / 8, 0, 1) * live
     if rng.random() < 0.6:
         for side in (-1, 1):
-            put(CENTRAL, cx + side * rx * 0.25, cy + ry * 0.5, rx * 0.3 * towards_base, ry * 0.28 * towards_base,
-                angle=side * -0.3, warp=0.2, soft_mm=1.5)
+            put(
+                CENTRAL,
+                cx + side * rx * 0.25,
+                cy + ry * 0.5,
+                rx * 0.3 * towards_base,
+                ry * 0.28 * towards_base,
+                angle=side * -0.3,
+                warp=0.2,
+                soft_mm=1.5,
+            )

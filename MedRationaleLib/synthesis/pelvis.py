@@ -79,27 +79,69 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
             put(name, lateral + side * 8, cy - 8 + curve(1), (24 - shrink) * high, (26 - shrink) * high, warp=0.1)
             put(name, lateral - side * 9, cy + 12 + curve(1), 9 - shrink, 17 - shrink, angle=side * 0.3, warp=0.2)
         # obturator internus, gluteus, pectineus and obturator externus
-        put("MUSCLE", cx + side * (rx + wall + 5) + curve(1.5), cy + uniform(rng, -6, 6), uniform(rng, 4.5, 8),
-            uniform(rng, 26, 38), angle=side * uniform(rng, -0.15, 0.25), warp=0.2, power=2.6)
-        put("MUSCLE", cx + side * uniform(rng, 52, 66), cy + ry + uniform(rng, 44, 56), uniform(rng, 34, 46),
-            uniform(rng, 16, 26), angle=side * uniform(rng, -0.3, 0.1), warp=0.25)
+        put(
+            "MUSCLE",
+            cx + side * (rx + wall + 5) + curve(1.5),
+            cy + uniform(rng, -6, 6),
+            uniform(rng, 4.5, 8),
+            uniform(rng, 26, 38),
+            angle=side * uniform(rng, -0.15, 0.25),
+            warp=0.2,
+            power=2.6,
+        )
+        put(
+            "MUSCLE",
+            cx + side * uniform(rng, 52, 66),
+            cy + ry + uniform(rng, 44, 56),
+            uniform(rng, 34, 46),
+            uniform(rng, 16, 26),
+            angle=side * uniform(rng, -0.3, 0.1),
+            warp=0.25,
+        )
         low = np.clip((14 - apex) / 14, 0, 1)
-        put("MUSCLE", cx + side * (rx + uniform(rng, 26, 36)), cy - ry - uniform(rng, 4, 12), 34 * low, 13 * low,
-            angle=side * uniform(rng, 0.4, 0.75), warp=0.2)
-        put("MUSCLE", cx + side * uniform(rng, 62, 76), cy - ry - uniform(rng, 24, 36), uniform(rng, 14, 22),
-            uniform(rng, 9, 15), angle=side * 0.5, warp=0.3)
+        put(
+            "MUSCLE",
+            cx + side * (rx + uniform(rng, 26, 36)),
+            cy - ry - uniform(rng, 4, 12),
+            34 * low,
+            13 * low,
+            angle=side * uniform(rng, 0.4, 0.75),
+            warp=0.2,
+        )
+        put(
+            "MUSCLE",
+            cx + side * uniform(rng, 62, 76),
+            cy - ry - uniform(rng, 24, 36),
+            uniform(rng, 14, 22),
+            uniform(rng, 9, 15),
+            angle=side * 0.5,
+            warp=0.3,
+        )
         # levator ani: a thin sling that closes under the apex
         near = np.clip(1 - (apex - 10) / 22, 0, 1)
-        put("MUSCLE", cx + side * (rx * np.clip(0.55 + apex / 50, 0.45, 1.0) + uniform(rng, 3, 6)) + curve(0.7),
-            cy + uniform(rng, 2, 10), 1.6 + 1.8 * near, ry * uniform(rng, 0.9, 1.3), angle=side * uniform(rng, -0.25, 0.05),
-            soft_mm=0.8, warp=0.2)
+        put(
+            "MUSCLE",
+            cx + side * (rx * np.clip(0.55 + apex / 50, 0.45, 1.0) + uniform(rng, 3, 6)) + curve(0.7),
+            cy + uniform(rng, 2, 10),
+            1.6 + 1.8 * near,
+            ry * uniform(rng, 0.9, 1.3),
+            angle=side * uniform(rng, -0.25, 0.05),
+            soft_mm=0.8,
+            warp=0.2,
+        )
         # femoral vessels, periprostatic veins and the neurovascular bundle
         for _ in range(2):
             put("FLOW_VOID", cx + side * uniform(rng, 46, 66), cy - ry - uniform(rng, 22, 40), *rng.uniform(3, 6, 2))
         for _ in range(int(rng.integers(1, 4))):
             angle = uniform(rng, -0.2, 0.9)
-            put("VEIN", cx + side * (rx + 4) * np.cos(angle), cy + (ry + 3) * np.sin(angle), uniform(rng, 2, 5),
-                uniform(rng, 2, 6), warp=0.4)
+            put(
+                "VEIN",
+                cx + side * (rx + 4) * np.cos(angle),
+                cy + (ry + 3) * np.sin(angle),
+                uniform(rng, 2, 5),
+                uniform(rng, 2, 6),
+                warp=0.4,
+            )
     # pubic symphysis, dorsal venous complex, rectus
     symphysis = np.clip((24 - base) / 10, 0, 1) * np.clip((apex + 26) / 10, 0, 1)
     front = cy - ry - uniform(rng, 16, 24)
@@ -121,28 +163,55 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
     vesicle = np.clip((base + 7) / 5, 0, 1) * np.clip((uniform(rng, 14, 26) - base) / 5, 0, 1)
     back = frame["cy"] + frame["ry"] * np.clip(1 - (base + 6) / 18, 0.1, 0.8)
     for side in (-1, 1):
-        put("VESICLE", cx + side * uniform(rng, 9, 16), back + curve(1), uniform(rng, 9, 16) * vesicle,
-            uniform(rng, 3.5, 7) * vesicle, angle=side * uniform(rng, -0.3, 0.1), warp=0.4)
+        put(
+            "VESICLE",
+            cx + side * uniform(rng, 9, 16),
+            back + curve(1),
+            uniform(rng, 9, 16) * vesicle,
+            uniform(rng, 3.5, 7) * vesicle,
+            angle=side * uniform(rng, -0.3, 0.1),
+            warp=0.4,
+        )
     # rectum; below the apex the anal canal, as a thick muscular ring
     canal = np.clip((2 - apex) / 12, 0, 1)
     radius = uniform(rng, 8, 18) * (1 + 0.15 * smooth_curve(rng, 4, count)) * (1 - canal) + uniform(rng, 9, 12) * canal
     gap = uniform(rng, 0.0, 3.5)
     rcy = cy + ry * (1 - 0.3 * canal) + gap + radius * 0.92
     rcx = cx + curve(2.5) + uniform(rng, -3, 3)
-    thick = uniform(rng, 2, 4) * (1 - canal) + radius * uniform(rng, 0.5, 0.75) * canal
+    wall_mm = uniform(rng, 2, 4) * (1 - canal) + radius * uniform(rng, 0.5, 0.75) * canal
     put("MUSCLE", rcx, rcy, radius * 1.12 + 2 * canal, radius + 2 + 3 * canal, warp=0.15)
     put("RECTAL_WALL", rcx, rcy, radius * uniform(rng, 0.95, 1.2), radius, warp=0.2)
     content = rng.choice(["GAS", "STOOL", "GEL", "RECTAL_WALL"], p=[0.35, 0.35, 0.1, 0.2])
-    put(str(content), rcx, rcy, np.maximum(radius - thick, 0) * uniform(rng, 0.8, 1.1), np.maximum(radius - thick, 0), warp=0.3)
+    put(
+        str(content),
+        rcx,
+        rcy,
+        np.maximum(radius - wall_mm, 0) * uniform(rng, 0.8, 1.1),
+        np.maximum(radius - wall_mm, 0),
+        warp=0.3,
+    )
     if content == "GAS" and rng.random() < 0.5:
-        put("STOOL", rcx, rcy + radius * 0.35, (radius - thick) * 0.8, (radius - thick) * 0.4, warp=0.2)
+        put("STOOL", rcx, rcy + radius * 0.35, (radius - wall_mm) * 0.8, (radius - wall_mm) * 0.4, warp=0.2)
     # membranous urethra with its sphincter, penile bulb and crura below the apex
     below = np.clip(-apex / 3, 0, 1)
-    put("SPHINCTER", frame["cx"], frame["cy"] + curve(0.5), uniform(rng, 6, 10) * below, uniform(rng, 6, 10) * below, warp=0.15)
+    put(
+        "SPHINCTER",
+        frame["cx"],
+        frame["cy"] + curve(0.5),
+        uniform(rng, 6, 10) * below,
+        uniform(rng, 6, 10) * below,
+        warp=0.15,
+    )
     put("VEIN", frame["cx"], frame["cy"], 2.5 * below, 2.5 * below)
     bulb = np.clip((-apex - 12) / 6, 0, 1)
-    put("URINE" if rng.random() < 0.5 else "VEIN", cx, cy + uniform(rng, -4, 4), uniform(rng, 8, 13) * bulb,
-        uniform(rng, 7, 11) * bulb, warp=0.2)
+    put(
+        "URINE" if rng.random() < 0.5 else "VEIN",
+        cx,
+        cy + uniform(rng, -4, 4),
+        uniform(rng, 8, 13) * bulb,
+        uniform(rng, 7, 11) * bulb,
+        warp=0.2,
+    )
     # whatever else: bowel, nodes, vessels, fluid
     for _ in range(int(rng.integers(2, 7))):
         name = str(rng.choice(["FLOW_VOID", "VEIN", "STOOL", "MUSCLE", "URINE", "MARROW"]))

@@ -42,7 +42,12 @@ class Profile:
 def _profile(zone: int, t2w, homogeneity, margin, shape, adc, dwi, pattern="diffusion_focal") -> Profile:
     """Odds in the order of the names below, so that a profile is one readable line."""
     names = {
-        "t2w_signal": ("t2w_hyperintense", "t2w_mild_hypointense", "t2w_moderate_hypointense", "t2w_marked_hypointense"),
+        "t2w_signal": (
+            "t2w_hyperintense",
+            "t2w_mild_hypointense",
+            "t2w_moderate_hypointense",
+            "t2w_marked_hypointense",
+        ),
         "homogeneity": ("homogeneous", "heterogeneous"),
         "margin": ("circumscribed", "non_circumscribed", "encapsulated", "mostly_encapsulated", "obscured"),
         "shape": ("round_oval", "lenticular", "linear_wedge", "diffuse"),
@@ -56,14 +61,16 @@ def _profile(zone: int, t2w, homogeneity, margin, shape, adc, dwi, pattern="diff
 
 PROFILES: dict[str, Profile] = {
     # zone, T2W (hyper, mild, moderate, marked), (homogeneous, heterogeneous), margin (circumscribed, not, encapsulated,
-    # mostly, obscured), shape (round, lenticular, wedge, diffuse), ADC (normal, mild, marked), DWI (normal, mild, marked)
+    # mostly, obscured), shape (round, lenticular, wedge, diffuse), ADC (normal, mild, marked), DWI (the same)
     "cancer_pz": _profile(1, (0, 2, 5, 3), (7, 3), (6, 4), (7, 3), (0, 4, 6), (0, 4, 6)),
     "cancer_tz": _profile(2, (0, 1, 6, 3), (8, 2), (3, 4, 0, 1, 2), (4, 6), (0, 4, 6), (1, 4, 5)),
     "wedge_pz": _profile(1, (0, 6, 3, 1), (5, 5), (2, 8), (0, 0, 1, 0), (4, 5, 1), (6, 4, 0), "diffusion_linear_wedge"),
     "diffuse_pz": _profile(1, (0, 8, 2, 0), (4, 6), (0, 1), (0, 0, 0, 1), (4, 6, 0), (7, 3, 0), "diffusion_diffuse"),
     "haemorrhage_pz": _profile(1, (0, 2, 5, 3), (5, 5), (4, 6), (6, 2, 1, 1), (1, 0, 0), (1, 0, 0)),
     "nodule_tz": _profile(2, (2, 3, 3, 2), (4, 6), (2, 0, 5, 3, 1), (1, 0, 0), (5, 4, 1), (6, 3, 1)),
-    "band_tz": _profile(2, (0, 7, 2, 0), (7, 3), (1, 6, 0, 0, 3), (0, 2, 0, 8), (6, 4, 0), (7, 3, 0), "diffusion_diffuse"),
+    "band_tz": _profile(
+        2, (0, 7, 2, 0), (7, 3), (1, 6, 0, 0, 3), (0, 2, 0, 8), (6, 4, 0), (7, 3, 0), "diffusion_diffuse"
+    ),
 }  # fmt: skip
 
 
@@ -83,7 +90,7 @@ def draw_answers(profile: Profile, rng: np.random.Generator) -> dict[str, str]:
 
 
 def invent_shape(shape: str, zones: np.ndarray, zone: int, canvas: Canvas, *, extend_mm: float = 0.0) -> np.ndarray:
-    """A mask of the given shape concept within the zone (for a cancer with extension, beyond the gland by extend_mm)."""
+    """A mask of the given shape concept within the zone (a cancer with extension: beyond the gland by extend_mm)."""
     rng = canvas.rng
     allowed = zones == zone
     places = np.argwhere(allowed)
@@ -149,7 +156,13 @@ _T2W_FACTOR = {  # of the zone's reference: (PZ, TZ)
 }
 _ADC = {"adc_normal": (1.3, 1.7), "adc_mild_hypointense": (0.92, 1.15), "adc_marked_hypointense": (0.45, 0.75)}
 _DWI = {"dwi_normal": (0.8, 1.1), "dwi_mild_hyperintense": (1.35, 1.75), "dwi_marked_hyperintense": (2.3, 4.0)}
-_EDGE_MM = {"circumscribed": 0.7, "non_circumscribed": 3.2, "encapsulated": 0.6, "mostly_encapsulated": 0.8, "obscured": 3.6}
+_EDGE_MM = {
+    "circumscribed": 0.7,
+    "non_circumscribed": 3.2,
+    "encapsulated": 0.6,
+    "mostly_encapsulated": 0.8,
+    "obscured": 3.6,
+}
 
 
 def paint_region(

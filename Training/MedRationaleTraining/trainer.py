@@ -52,7 +52,9 @@ class Objective:
         masks = torch.stack([s.masks for s in stacks]).to(device)
         size = output.mask_logits.shape[-2:]
         if masks.shape[-2:] != size:
-            masks = torch.nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(0, masks.shape[:2])
+            masks = torch.nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(
+                0, masks.shape[:2]
+            )
         dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1))
 
         scale = model.logit_scale.exp().clamp(max=100)
@@ -84,7 +86,9 @@ def _pool(output: ModelOutput, stacks: list[Stack]) -> Tensor:
     weights = torch.stack([torch.nn.functional.pad(s.regions, (0, 0) * 3 + (0, most - len(s.regions))) for s in stacks])
     weights = weights.to(device)
     if weights.shape[-2:] != size:
-        weights = torch.nn.functional.interpolate(weights.flatten(0, 1), size, mode="area").unflatten(0, weights.shape[:2])
+        weights = torch.nn.functional.interpolate(weights.flatten(0, 1), size, mode="area").unflatten(
+            0, weights.shape[:2]
+        )
     pooled = output.pool(weights)
     return torch.cat([p[: len(s.regions)] for p, s in zip(pooled, stacks, strict=True)])
 
@@ -194,7 +198,11 @@ class Trainer:
         if resumed:
             _logger.info("resumed at step %d", self.step)
         with Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
         ) as progress:
             task = progress.add_task("", total=config.steps, completed=self.step)
             running: dict[str, float] = {}
@@ -218,9 +226,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[list[Stack]]:
         config = self.config
-        dataset = StackDataset(
-            config.train, config.sampling, length=config.steps * config.batch, seed=config.seed
-        )
+        dataset = StackDataset(config.train, config.sampling, length=config.steps * config.batch, seed=config.seed)
         loader = DataLoader(
             dataset,
             batch_size=config.batch,

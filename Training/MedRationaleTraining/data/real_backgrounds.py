@@ -1,7 +1,7 @@
 """Real surroundings for synthetic glands: a few real examinations, bent so that their gland takes a new shape.
 
-The bending is polar about the gland's centre in each slice and linear from apex to base along the axis: the real gland's
-outline falls on the new one, and the displacement fades away from it, so the rest of the pelvis stays real.
+The bending is polar about the gland's centre in each slice and linear from apex to base along the axis: the real
+gland's outline falls on the new one, and the displacement fades away from it, so the rest of the pelvis stays real.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _outline(gland: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bend(case: RealCase, gland: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The case's arrays, bent so that its gland falls on `gland` (S, H, W) bool; keys zones, valid and its sequences."""
+    """The case's arrays, bent so that its gland falls on `gland` (S, H, W) bool: zones, valid and its sequences."""
     flip = rng.random() < 0.5
 
     def oriented(array: np.ndarray) -> np.ndarray:

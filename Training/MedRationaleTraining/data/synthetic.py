@@ -50,7 +50,7 @@ class SynthesisConfig:
 
 
 def make_set(out: Path, config: SynthesisConfig) -> int:
-    """Write the set to `out`; what is there already is kept, so an interrupted run goes on. Returns how many were made."""
+    """Write the set to `out`, keeping what is there, so an interrupted run goes on; returns how many were made."""
     out.mkdir(parents=True, exist_ok=True)
     stamp = out / "config.json"
     wanted = {k: v for k, v in asdict(config).items() if k not in ("workers", "cases")}

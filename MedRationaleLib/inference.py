@@ -1,0 +1,382 @@
+"""Predictor: load a model once, assess many Studies. The one facade of the engine."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import SimpleITK as sitk
+
+from MedRationaleLib import __version__
+from MedRationaleLib.assessment import Assessment, Candidate, Finding, SliceRationale
+from MedRationaleLib.concepts import ConceptBank
+from MedRationaleLib.decision_tree import DecisionTree, Node
+from MedRationaleLib.errors import InputError
+from MedRationaleLib.evidence import evidence_image, rank, region_similarity
+from MedRationaleLib.findings import (
+    LesionMeasurement,
+    Masks,
+    PostprocessingConfig,
+    clean_masks,
+    measure_gland,
+    measure_lesions,
+)
+from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
+from MedRationaleLib.rationale import LesionAnswers
+from MedRationaleLib.study import Study
+
+if TYPE_CHECKING:
+    from MedRationaleLib.model.checkpoint import Checkpoint
+
+Progress = Callable[[str, float], None]
+"""(stage, fraction done in [0, 1]); the stages are "model", "masks", "findings", "evidence"."""
+Retrieval = Literal["lesion", "slice"]
+"""Whose embeddings answer: the lesion's own patches, or the mean of its whole slices (the paper's way)."""
+CLASSES = ("gland", "pz", "tz", "lesion")
+RECENTRE_MM = (10.0, 10.0, 9.0)
+"""A gland whose centre lies further than this from the crop's (x, y, z) is looked at again, in a crop around it."""
+FOUND_ML = 3.0
+"""Less gland than this in the first crop, and the rest of the field of view is searched."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the network says of one crop."""
+
+    grid: Grid
+    probabilities: np.ndarray
+    """(4, S, h, w) float32 in [0, 1]: gland, PZ, TZ, lesion."""
+    similarity: np.ndarray
+    """(K, S, h', w') float32 cosine similarity of every patch and concept."""
+    slice_similarity: np.ndarray
+    """(S, K) the same for every slice's mean embedding."""
+
+    def gland_centre(self) -> tuple[np.ndarray | None, float]:
+        """Centroid (LPS mm) and volume (ml) of the raw gland mask; None where there is none."""
+        image = self.grid.image((self.probabilities[0] > 0.5).astype(np.uint8))
+        shape = sitk.LabelShapeStatisticsImageFilter()
+        shape.Execute(sitk.RelabelComponent(sitk.ConnectedComponent(image), sortByObjectSize=True))
+        if not shape.HasLabel(1):
+            return None, 0.0
+        return np.array(shape.GetCentroid(1)), shape.GetPhysicalSize(1) / 1000
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+class Predictor:
+    """A loaded model.
+
+    >>> predictor = Predictor.load()
+    >>> assessment = predictor.assess(Study.from_case("case_folder"))
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str, postprocessing: PostprocessingConfig) -> None:
+        self.checkpoint = checkpoint
+        self.model = checkpoint.model
+        self.device = device
+        self.postprocessing = postprocessing
+        self.bank = ConceptBank.load()
+        unknown = [c for c in self.bank if c not in self.model.concepts]
+        if unknown:
+            raise InputError(
+                f"Expected a model that knows the concepts of the bank, got one without {', '.join(unknown)} in "
+                f"{checkpoint.folder}; use the MedRationale version that it was made for."
+            )
+        self.spec = CropSpec(pixels=self.model.config.pixels)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path = "compact", *, device: str = "auto") -> Predictor:
+        """Load a model folder, or a shipped model by its name; device "auto" takes CUDA, then MPS, then the CPU."""
+        import torch
+
+        from MedRationaleLib.model.checkpoint import load_checkpoint
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"Expected a usable device, got '{device}' ({str(error).splitlines()[0]}); choose --device cpu."
+            ) from error
+        checkpoint = load_checkpoint(name_or_path, device=device)
+        try:
+            postprocessing = PostprocessingConfig(**checkpoint.postprocessing)
+        except TypeError as error:
+            raise InputError(
+                f"Expected postprocessing settings in {checkpoint.folder}/config.json, got {error}; restore the folder."
+            ) from error
+        return cls(checkpoint, device, postprocessing)
+
+    def assess(
+        self,
+        study: Study,
+        *,
+        progress: Progress | None = None,
+        retrieval: Retrieval = "lesion",
+        decision_tree: str | Path = "pirads_v2_1",
+    ) -> Assessment:
+        """Segment, find lesions, and walk the decision tree for each of them.
+
+        Args:
+            study: what was read.
+            progress: told the stage and how much of it is done.
+            retrieval: whose embeddings answer the tree's questions.
+            decision_tree: a shipped tree's name or a YAML file.
+        """
+        report = progress or (lambda stage, fraction: None)
+        tree = DecisionTree.load(decision_tree, self.bank)
+        clock = Stopwatch()
+        report("model", 0.0)
+        prediction = self._predict(study, clock, report)
+        report("masks", 0.0)
+        with clock.time("masks"):
+            probabilities = {
+                name: prediction.grid.to_reference(p, study.t2w)
+                for name, p in zip(CLASSES, prediction.probabilities, strict=True)
+            }
+            masks = clean_masks(probabilities, self.postprocessing)
+        report("findings", 0.0)
+        with clock.time("findings"):
+            gland = measure_gland(masks.gland)
+            measured = self._measure(masks, probabilities) if gland else ()
+            findings = [self._finding(m, masks, prediction, study, tree, retrieval) for m in measured]
+            findings.sort(key=lambda f: (f.pirads, f.likelihood), reverse=True)
+            findings = [_numbered(f, i) for i, f in enumerate(findings, start=1)]
+            slices = self._slices(study, prediction, tree)
+        report("evidence", 0.0)
+        with clock.time("evidence"):
+            evidence = self._evidence(findings, prediction, study, report)
+        warnings = list(study.warnings)
+        if gland is None:
+            warnings.append("No prostate was found in the images; nothing else could be assessed.")
+        volumes = {"gland": 0.0, "ellipsoid": 0.0}
+        if gland is not None:
+            volumes = {"gland": gland.volume_ml, "ellipsoid": gland.ellipsoid_ml}
+        for name, mask in (("pz", masks.pz), ("tz", masks.tz)):
+            volumes[name] = float(sitk.GetArrayViewFromImage(mask).sum() * np.prod(mask.GetSpacing()) / 1000)
+        return Assessment(
+            study=study,
+            gland=masks.gland,
+            pz=masks.pz,
+            tz=masks.tz,
+            lesions=masks.lesions,
+            findings=tuple(findings),
+            evidence=evidence,
+            evidence_resolution_mm=self.model.patch_mm,
+            slices=slices,
+            volumes_ml={k: round(v, 2) for k, v in volumes.items()},
+            decision_tree=tree.id,
+            warnings=tuple(warnings),
+            manifest=self._manifest(study, clock, retrieval, tree),
+        )
+
+    # ------------------------------------------------------------ network
+
+    def _predict(self, study: Study, clock: Stopwatch, report: Progress) -> Prediction:
+        """First a crop at the centre; a second one around the gland where that lies off it (or was not in it)."""
+        with clock.time("prepare"):
+            given = prepare(study, self.spec)
+        report("model", 0.2)
+        with clock.time("model"):
+            prediction = self._forward(given)
+        centre, volume = prediction.gland_centre()
+        if volume < FOUND_ML:
+            for corner in _other_crops(study, self.spec, given.grid):
+                with clock.time("prepare"):
+                    given = prepare(study, self.spec, corner)
+                with clock.time("model"):
+                    other = self._forward(given)
+                found, larger = other.gland_centre()
+                if larger > volume:
+                    prediction, centre, volume = other, found, larger
+        report("model", 0.7)
+        if centre is not None and self._off_centre(study, prediction.grid, centre):
+            with clock.time("prepare"):
+                given = prepare(study, self.spec, centre.tolist())
+            with clock.time("model"):
+                prediction = self._forward(given)
+        report("model", 1.0)
+        return prediction
+
+    def _off_centre(self, study: Study, grid: Grid, centre: np.ndarray) -> bool:
+        """Whether a crop around the gland would show more of what surrounds it."""
+        offset = np.abs(grid.point_to_index(centre) - (np.array(grid.size) - 1) / 2) * grid.spacing
+        stored = Grid.of(study.t2w)
+        beyond = np.array(stored.size) * stored.spacing > np.array(grid.size) * grid.spacing + 1e-3
+        return bool((offset > RECENTRE_MM)[beyond | np.array([True, True, False])].any())
+
+    def _forward(self, given: ModelInput) -> Prediction:
+        """One crop through the network, together with its mirror image (left-right), whose answer is averaged in."""
+        import torch
+
+        images = torch.from_numpy(given.images)
+        pair = torch.stack([images, images.flip(-1)]).to(self.device)
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=_has_bf16(self.device)):
+            output = self.model(pair)
+        concepts = self.model.concept_embeddings
+        straight, mirrored = (output.similarity(i, concepts) for i in (0, 1))
+        similarity = (straight + mirrored.flip(-1)) / 2
+        probabilities = output.mask_logits.sigmoid()
+        probabilities = (probabilities[0] + probabilities[1].flip(-1)) / 2
+        return Prediction(
+            grid=given.grid,
+            probabilities=probabilities.permute(1, 0, 2, 3).float().cpu().numpy(),
+            similarity=similarity.float().cpu().numpy(),
+            slice_similarity=similarity.mean((2, 3)).T.float().cpu().numpy(),
+        )
+
+    # ------------------------------------------------------------ findings
+
+    def _measure(self, masks: Masks, probabilities: Mapping[str, sitk.Image]) -> tuple[LesionMeasurement, ...]:
+        return measure_lesions(
+            masks.lesions, probabilities["lesion"], masks.gland, masks.pz, masks.tz, self.postprocessing
+        )
+
+    def _finding(
+        self,
+        lesion: LesionMeasurement,
+        masks: Masks,
+        prediction: Prediction,
+        study: Study,
+        tree: DecisionTree,
+        retrieval: Retrieval,
+    ) -> Finding:
+        weights = prediction.grid.from_reference(
+            sitk.Cast(masks.lesions == lesion.label, sitk.sitkFloat32), pixels=prediction.similarity.shape[-1]
+        )
+        if retrieval == "slice":
+            share = weights.sum((1, 2))
+            values = share @ prediction.slice_similarity / max(float(share.sum()), 1e-6)
+        else:
+            values = region_similarity(prediction.similarity, weights)
+        similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
+        answering = LesionAnswers(lesion, similarity, tree, missing=study.missing)
+        walk = tree.walk(answering)
+        return Finding(
+            id=f"lesion-{lesion.label}",
+            label=lesion.label,
+            zone=lesion.zone,
+            sector=lesion.sector.text,
+            size_mm=round(lesion.size_mm, 1),
+            volume_ml=round(lesion.volume_ml, 3),
+            center_mm=lesion.center_mm,
+            likelihood=round(lesion.likelihood, 4),
+            t2w_score=walk.t2w_score,
+            dwi_score=walk.dwi_score,
+            dce=walk.dce,
+            pirads=walk.pirads,
+            rationale=tuple(answering.steps),
+            contradictions=tuple(answering.contradictions),
+        )
+
+    def _evidence(
+        self, findings: list[Finding], prediction: Prediction, study: Study, report: Progress
+    ) -> dict[str, sitk.Image]:
+        """One heatmap a concept that a finding's rationale names; findings that share a concept share the image."""
+        images: dict[str, sitk.Image] = {}
+        evidence = {}
+        keys = [(f, s) for f in findings for s in f.rationale if s.evidence]
+        for done, (_, step) in enumerate(keys):
+            if step.concept not in images:
+                index = self.model.concepts.index(step.concept)
+                images[step.concept] = evidence_image(prediction.similarity[index], prediction.grid, study.t2w)
+            evidence[str(step.evidence)] = images[step.concept]
+            report("evidence", (done + 1) / len(keys))
+        return evidence
+
+    def _slices(self, study: Study, prediction: Prediction, tree: DecisionTree) -> tuple[SliceRationale, ...]:
+        """The tree's retrieval questions asked of every slice as a whole, as far as they lead without a measurement."""
+        stored = Grid.of(study.t2w)
+        middle = (np.array(stored.size) - 1) / 2
+        result = []
+        for index in range(stored.size[2]):
+            point = stored.index_to_point([middle[0], middle[1], index])
+            nearest = round(float(prediction.grid.point_to_index(point)[2]))
+            if not 0 <= nearest < prediction.grid.size[2]:
+                continue
+            values = prediction.slice_similarity[nearest]
+            similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
+            answers: dict[str, Candidate] = {}
+
+            def answer(
+                node: Node, candidates: tuple[str, ...], so_far: Mapping[str, str], said=answers, near=similarity
+            ):
+                if node.answered_by == "retrieval" or node.id == "zone":
+                    best = rank(candidates, near)[0]
+                    said[node.id] = Candidate(concept=best, similarity=round(near[best], 4))
+                    return best
+                return node.default or candidates[0]
+
+            tree.walk(answer)
+            x, y, z = (float(v) for v in point)
+            result.append(SliceRationale(slice_index=index, position_mm=(x, y, z), answers=answers))
+        return tuple(result)
+
+    def _manifest(self, study: Study, clock: Stopwatch, retrieval: Retrieval, tree: DecisionTree) -> dict[str, Any]:
+        packages = ("torch", "segment-anything", "SimpleITK", "numpy", "scipy", "scikit-image")
+        return {
+            "versions": {"medrationale": __version__, "python": platform.python_version()}
+            | {p: metadata.version(p) for p in packages},
+            "platform": platform.platform(),
+            "device": self.device,
+            "model": {
+                "name": self.model.config.name,
+                "sha256": self.checkpoint.sha256,
+                "patch_mm": self.model.patch_mm,
+                "postprocessing": vars(self.postprocessing),
+            },
+            "decision_tree": tree.id,
+            "retrieval": retrieval,
+            "timings_s": clock.seconds,
+            "seed": None,
+        }
+
+
+def _numbered(finding: Finding, number: int) -> Finding:
+    """The finding as the `number`-th, its evidence keys with it."""
+    id = f"lesion-{number}"
+    steps = (replace(s, evidence=f"{id}/{s.concept}") if s.evidence else s for s in finding.rationale)
+    return replace(finding, id=id, rationale=tuple(steps))
+
+
+def _other_crops(study: Study, spec: CropSpec, first: Grid) -> list[list[float]]:
+    """Centres (LPS mm) of crops that cover, with half-crop steps, what of the T2W the first crop did not."""
+    stored = Grid.of(study.t2w)
+    extent, crop = np.array(stored.size) * stored.spacing, np.array(spec.size) * spec.spacing_mm
+    steps = [int(np.ceil(max(0.0, e - c) / c)) for e, c in zip(extent, crop, strict=True)]
+    middle = (np.array(first.size) - 1) / 2
+    offsets = itertools.product(*(np.arange(-n, n + 1) / 2 for n in steps))
+    return [first.index_to_point(middle + np.array(o) * first.size).tolist() for o in offsets if any(o)]
+
+
+def _has_bf16(device: str) -> bool:
+    """Whether the device computes in bfloat16 faster than in float32 (on a CPU without it, bf16 is far slower)."""
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,81 @@
+"""From a lesion's similarities and measurements to the steps of its rationale."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from MedRationaleLib.assessment import Candidate, RationaleStep, Source
+from MedRationaleLib.decision_tree import DecisionTree, Node
+from MedRationaleLib.evidence import rank
+from MedRationaleLib.findings import LesionMeasurement
+
+
+class LesionAnswers:
+    """Answers the tree's questions for one lesion (an Answer for DecisionTree.walk) and keeps each step.
+
+    Signal, shape, margin and the like are retrieved; zone, size and extension are measured on the mask. Where a
+    question is answered both ways and the two disagree, the mask's answer stands and the contradiction is kept (Appendix E).
+    """
+
+    def __init__(
+        self,
+        lesion: LesionMeasurement,
+        similarity: Mapping[str, float],
+        tree: DecisionTree,
+        *,
+        missing: Collection[str] = (),
+    ) -> None:
+        """`similarity`: concept id -> cosine similarity with the lesion; `missing`: sequences that the Study lacks."""
+        self.steps: list[RationaleStep] = []
+        self.contradictions: list[str] = []
+        self._lesion, self._similarity, self._tree = lesion, similarity, tree
+        self._bank, self._missing = tree.bank, set(missing)
+
+    def __call__(self, node: Node, candidates: tuple[str, ...], so_far: Mapping[str, str]) -> str:
+        lesion, ranked = self._lesion, rank(candidates, self._similarity)
+        retrieved: str | None = ranked[0]
+        source: Source = "model"
+        measurement = None
+        if node.answered_by == "reader":
+            retrieved, concept, source = None, node.default or candidates[-1], "reader"
+        elif node.id == "zone":
+            concept = next(c for c, zone in self._tree.zones.items() if zone == lesion.zone)
+            source, measurement = "measured", f"{100 * lesion.zone_fraction:.0f} % of the lesion in the {lesion.zone}"
+        elif node.id == "size":
+            retrieved, concept = None, node.classify(lesion.size_mm)
+            source, measurement = "measured", f"{lesion.size_mm:.1f} mm"
+        elif node.id == "epe":
+            retrieved, concept = None, "epe_present" if lesion.extension.present else "epe_absent"
+            source = "measured"
+            beyond = lesion.extension
+            measurement = f"{beyond.extent_mm:.1f} mm and {beyond.volume_ml:.2f} ml beyond the gland's contour"
+        elif node.id == "lesion_presence" and ranked[0] == self._tree.absent:
+            # The mask found it; that the embedding does not see it is a contradiction to be shown, not hidden.
+            concept = next(c for c in candidates if c != self._tree.absent)
+            source, measurement = "measured", f"mask probability {lesion.likelihood:.2f}"
+        else:
+            concept = ranked[0]
+        if retrieved is not None and retrieved != concept:
+            self.contradictions.append(
+                f'{node.question} The mask says "{self._bank[concept].text}", the image\'s similarity to the concepts '
+                f'says "{self._bank[retrieved].text}".'
+            )
+        asked = retrieved is not None
+        self.steps.append(
+            RationaleStep(
+                node=node.id,
+                concept=concept,
+                text=self._bank[concept].text,
+                source=source,
+                similarity=round(self._similarity[concept], 4) if asked else None,
+                runners_up=tuple(
+                    Candidate(concept=c, similarity=round(self._similarity[c], 4) if asked else None)
+                    for c in ranked
+                    if c != concept
+                ),
+                measurement=measurement,
+                evidence=f"lesion-{lesion.label}/{concept}" if asked else None,
+                weakened_by=tuple(s for s in node.sequences if s in self._missing),
+            )
+        )
+        return concept

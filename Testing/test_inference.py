@@ -1,0 +1,224 @@
+"""The shipped model, from a Study to an Assessment: the phantom anywhere, real examinations where they are at hand."""
+
+import math
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.inference import Predictor
+from MedRationaleLib.phantom import write_phantom
+from MedRationaleLib.study import Study
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor.load("compact", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder)
+    return Study.from_case(folder)
+
+
+@pytest.fixture(scope="module")
+def assessed(predictor, phantom):
+    return predictor.assess(phantom)
+
+
+@pytest.fixture(scope="module")
+def prostatex(shared_data):
+    folder = shared_data / "prostatex-0000"
+    return Study.from_files(**{name: folder / f"{name}.nii.gz" for name in ("t2w", "adc", "dwi")})
+
+
+@pytest.fixture(scope="module")
+def prostatex_assessed(predictor, prostatex):
+    return predictor.assess(prostatex)
+
+
+def dice(a, b):
+    """Of two masks in physical space, on the first one's grid."""
+    b = sitk.Resample(b, a, sitk.Transform(), sitk.sitkNearestNeighbor)
+    a, b = (sitk.GetArrayFromImage(i) > 0 for i in (a, b))
+    return 2 * (a & b).sum() / max(1, a.sum() + b.sum())
+
+
+def images(study):
+    return {name: getattr(study, name) for name in ("t2w", "adc", "dwi") if getattr(study, name) is not None}
+
+
+def flipped(image):
+    return sitk.Flip(image, (True, False, True))
+
+
+def rotated(image):
+    return sitk.Flip(sitk.PermuteAxes(image, (1, 0, 2)), (True, False, False))
+
+
+def reoriented(image):
+    return sitk.DICOMOrient(image, "PSR")
+
+
+def resampled(image):
+    """Stored on a finer lattice in plane, same field of view."""
+    size = [round(n * 1.25) for n in image.GetSize()[:2]] + [image.GetSize()[2]]
+    spacing = [s * n / m for s, n, m in zip(image.GetSpacing(), image.GetSize(), size, strict=True)]
+    shift = [(a - b) / 2 if a != b else 0.0 for a, b in zip(spacing, image.GetSpacing(), strict=True)]
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    origin = np.array(image.GetOrigin()) + direction @ np.array(shift)
+    return sitk.Resample(
+        image, size, sitk.Transform(), sitk.sitkLinear, origin.tolist(), spacing, image.GetDirection(), 0.0, image.GetPixelID()
+    )
+
+
+STORAGE = [flipped, rotated, reoriented, resampled]
+
+
+def assert_same(first, second):
+    for name in ("gland", "pz", "tz"):
+        assert dice(getattr(first, name), getattr(second, name)) >= 0.98, name
+    assert len(first.findings) == len(second.findings)
+    for a, b in zip(first.findings, second.findings, strict=True):
+        assert (a.zone, a.sector, a.t2w_score, a.dwi_score, a.pirads) == (
+            b.zone, b.sector, b.t2w_score, b.dwi_score, b.pirads)  # fmt: skip
+        assert math.dist(a.center_mm, b.center_mm) < 2.0
+    if first.findings:
+        assert dice(first.lesions, second.lesions) >= 0.98
+
+
+@pytest.mark.parametrize("store", STORAGE, ids=lambda f: f.__name__)
+def test_a_phantom_stored_in_another_way_gives_the_same_masks_and_findings(predictor, phantom, assessed, store):
+    copy = Study.from_images(**{name: store(image) for name, image in images(phantom).items()})
+    assert_same(assessed, predictor.assess(copy))
+
+
+@pytest.mark.parametrize("store", STORAGE, ids=lambda f: f.__name__)
+def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, prostatex_assessed, store):
+    copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
+    assert_same(prostatex_assessed, predictor.assess(copy))
+
+
+def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_assessed, shared_data):
+    assert_same(prostatex_assessed, predictor.assess(Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
+
+
+def test_the_phantoms_gland_and_lesion_are_found(assessed, phantom, tmp_path):
+    truth = write_phantom(tmp_path / "again")
+    zones = sitk.ReadImage(str(truth.zones))
+    assert dice(assessed.gland, zones > 0) >= 0.85
+    lesion = sitk.ReadImage(str(truth.lesions)) > 0
+    assert any(dice(assessed.lesions == f.label, lesion) >= 0.3 for f in assessed.findings)
+
+
+def test_scores_are_those_of_the_tree_walked_with_the_rationales_answers(assessed):
+    tree = DecisionTree.load(assessed.decision_tree)
+    assert assessed.findings
+    for finding in assessed.findings:
+        scores = tree.scores({step.node: step.concept for step in finding.rationale})
+        assert (scores.t2w, scores.dwi, scores.pirads) == (finding.t2w_score, finding.dwi_score, finding.pirads)
+
+
+def test_every_evidence_key_has_a_heatmap_in_0_to_1_on_the_t2w_grid(assessed):
+    keys = {step.evidence for finding in assessed.findings for step in finding.rationale if step.evidence}
+    assert keys == set(assessed.evidence)
+    for image in assessed.evidence.values():
+        values = sitk.GetArrayViewFromImage(image)
+        assert image.GetSize() == assessed.study.t2w.GetSize()
+        assert values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1 and values.max() > 0
+
+
+def test_findings_are_ordered_by_suspicion_and_numbered(assessed):
+    order = [(f.pirads, f.likelihood) for f in assessed.findings]
+    assert order == sorted(order, reverse=True)
+    assert [f.id for f in assessed.findings] == [f"lesion-{i + 1}" for i in range(len(order))]
+
+
+def test_pz_and_tz_share_the_gland(assessed):
+    gland, pz, tz = (sitk.GetArrayFromImage(getattr(assessed, n)) for n in ("gland", "pz", "tz"))
+    assert np.array_equal(gland, pz + tz)
+
+
+def test_every_slice_has_a_rationale_of_its_own(assessed):
+    assert len(assessed.slices) == assessed.study.t2w.GetSize()[2]
+    heights = [s.position_mm[2] for s in assessed.slices]
+    assert heights == sorted(heights)
+    assert all("lesion_presence" in s.answers for s in assessed.slices)
+
+
+@pytest.mark.parametrize("missing", [("adc",), ("dwi",), ("adc", "dwi")], ids="+".join)
+def test_a_missing_sequence_is_allowed_and_weakens_the_answers_that_rest_on_it(predictor, phantom, missing):
+    kept = {name: image for name, image in images(phantom).items() if name not in missing}
+    assessment = predictor.assess(Study.from_images(**kept))
+    assert assessment.volumes_ml["gland"] > 10
+    assert any("missing" in w for w in assessment.warnings)
+    for finding in assessment.findings:
+        weak = {s for step in finding.rationale for s in step.weakened_by}
+        assert weak == set(missing)
+
+
+def padded(image, mm):
+    """More field of view to the patient's left, so that the crop at the centre shows less of the gland or none."""
+    image = sitk.DICOMOrient(image, "LPS")
+    return sitk.ConstantPad(image, (0, 0, 0), (round(mm / image.GetSpacing()[0]), 0, 0), 0.0)
+
+
+@pytest.mark.parametrize("mm", [120, 330], ids=["beside the centre", "outside the first crop"])
+def test_a_gland_far_from_the_centre_is_found_by_a_second_pass(predictor, phantom, assessed, mm):
+    copy = Study.from_images(t2w=padded(phantom.t2w, mm), adc=phantom.adc, dwi=phantom.dwi)
+    assert dice(assessed.gland, predictor.assess(copy).gland) >= 0.95
+
+
+def test_progress_goes_through_the_stages_in_order(predictor, phantom):
+    seen = []
+    predictor.assess(phantom, progress=lambda stage, fraction: seen.append((stage, fraction)))
+    stages = list(dict.fromkeys(stage for stage, _ in seen))
+    assert stages == ["model", "masks", "findings", "evidence"]
+    assert all(0 <= fraction <= 1 for _, fraction in seen)
+
+
+def test_the_whole_image_mean_is_an_option(predictor, phantom, assessed):
+    other = predictor.assess(phantom, retrieval="slice")
+    assert dice(assessed.gland, other.gland) == 1.0
+    first, second = ([s.similarity for s in a.findings[0].rationale] for a in (assessed, other))
+    assert first != second and other.manifest["retrieval"] == "slice"
+
+
+def test_the_manifest_says_what_ran(assessed):
+    manifest = assessed.manifest
+    assert len(manifest["model"]["sha256"]) == 64 and manifest["device"] == "cpu"
+    assert set(manifest["timings_s"]) == {"prepare", "model", "masks", "findings", "evidence"}
+
+
+def test_an_unknown_device_is_one_sentence():
+    from MedRationaleLib.errors import InputError
+
+    with pytest.raises(InputError, match="device"):
+        Predictor.load("compact", device="abacus")
+
+
+def test_real_masks_agree_with_the_experts(prostatex_assessed, shared_data):
+    """A single case: a guard against breaking what works, not a result."""
+    folder = shared_data / "prostatex-0000"
+    zones = sitk.ReadImage(str(folder / "zones.nii.gz"))
+    gland = sitk.ReadImage(str(folder / "gland.nii.gz"))
+    assert dice(prostatex_assessed.gland, gland) >= 0.80
+    assert dice(prostatex_assessed.tz, zones == 2) >= 0.65
+    assert dice(prostatex_assessed.pz, zones == 1) >= 0.55
+
+
+def test_the_real_lesion_is_among_the_findings(prostatex_assessed, shared_data):
+    lesion = sitk.ReadImage(str(shared_data / "prostatex-0000" / "lesion.nii.gz")) > 0
+    hits = [f for f in prostatex_assessed.findings if dice(prostatex_assessed.lesions == f.label, lesion) > 0.1]
+    assert hits and hits[0].zone == "PZ"
+
+
+def test_a_case_without_adc_has_its_gland(predictor, shared_data):
+    folder = shared_data / "prostate158-001"
+    assessment = predictor.assess(Study.from_files(t2w=folder / "t2w.nii.gz", dwi=folder / "dwi.nii.gz"))
+    assert dice(assessment.gland, sitk.ReadImage(str(folder / "gland.nii.gz"))) >= 0.75
