@@ -28,9 +28,11 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.resources import resource_path
 
 PURPOSES: dict[str, tuple[Literal["", "train"], str]] = {
+    "jinja2": ("", "report.html"),
     "jsonschema": ("", "checking concept banks, decision trees and assessment.json"),
     "numpy": ("", "arrays"),
     "packaging": ("", "this report"),
+    "pillow": ("", "the pictures in report.html"),
     "pydicom": ("", "reading DICOM"),
     "PyYAML": ("", "concept banks and decision trees"),
     "rich": ("", "the command line's tables and progress"),
@@ -45,8 +47,8 @@ PURPOSES: dict[str, tuple[Literal["", "train"], str]] = {
     "monai": ("train", "segmentation losses"),
     "open_clip_torch": ("train", "computing concept embeddings anew; predict uses those stored in the model"),
     "picai_eval": ("train", "lesion AP and case AUROC"),
-    "tensorboard": ("train", "training curves"),
     "torchvision": ("train", "importing open_clip and lightning"),
+    "transformers": ("train", "BiomedCLIP's text tower"),
 }
 """Distribution -> the extra of pyproject.toml that it belongs to ("" = always needed) and what it is used for."""
 

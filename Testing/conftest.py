@@ -20,3 +20,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real examinations are not at hand: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three synthetic examinations of procedural phantoms; two of them have a lesion, and one has none."""
+    from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
+
+    folder = tmp_path_factory.mktemp("synthetic") / "tiny"
+    make_set(folder, SynthesisConfig(cases=3, seed=5))
+    return folder

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.model.config import ModelConfig, TextConfig
+from MedRationaleLib.files import atomic_path
+from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.resources import resource_path
 
@@ -33,6 +34,8 @@ class Checkpoint:
     """Settings of PostprocessingConfig chosen on the validation split."""
     training: dict[str, Any] = field(default_factory=dict)
     """What the trainer wrote about the run."""
+    vocabulary: list[int] = field(default_factory=list)
+    """Token ids of open_clip's tokenizer that f_txt knows."""
 
 
 def save_checkpoint(
@@ -44,8 +47,8 @@ def save_checkpoint(
     postprocessing: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write a model folder, weights in float16; each file goes to a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a model folder, weights in float16; all files go to temporary names first."""
+    weights = serialized(model)
     config = {
         "format": FORMAT,
         "model": asdict(model.config),
@@ -53,16 +56,26 @@ def save_checkpoint(
         "vocabulary": vocabulary,
         "postprocessing": postprocessing or {},
         "training": training or {},
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        atomic_path(folder / CARD) as card_file,
+        atomic_path(folder / CONFIG) as config_file,
+        atomic_path(folder / WEIGHTS) as weights_file,
+    ):
+        weights_file.write_bytes(weights)
+        config_file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        card_file.write_text(card, encoding="utf-8")
+
+
+def serialized(model: RationaleModel) -> bytes:
+    """The weights file's content: every tensor of the state_dict, float16; the same model gives the same bytes."""
     weights = {
         name: tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(weights, folder / (WEIGHTS + ".part"))
-    (folder / (CONFIG + ".part")).write_text(json.dumps(config, indent=1))
-    (folder / (CARD + ".part")).write_text(card)
-    for name in (WEIGHTS, CONFIG, CARD):
-        (folder / (name + ".part")).replace(folder / name)
+    return save(weights)
 
 
 def model_folder(name_or_path: str | Path) -> Path:
@@ -70,13 +83,13 @@ def model_folder(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if (path / CONFIG).exists():
         return path
-    shipped = resource_path("Models") / str(name_or_path)
-    if (shipped / CONFIG).exists():
-        return shipped
-    raise InputError(
-        f"Expected a model folder with {CONFIG} at {path}, or a shipped model of that name, found neither; "
-        "`medrationale doctor` lists the models that are there."
-    )
+    try:
+        return resource_path(f"Models/{name_or_path}/{CONFIG}").parent
+    except InputError as error:
+        raise InputError(
+            f"Expected a model folder with {CONFIG} at {path}, or a shipped model of that name, found neither; "
+            "`medrationale doctor` lists the models that are there."
+        ) from error
 
 
 def load_checkpoint(
@@ -88,42 +101,54 @@ def load_checkpoint(
     """
     folder = model_folder(name_or_path)
     try:
-        data = json.loads((folder / CONFIG).read_text())
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["model"].items()}
-        config = ModelConfig(**{**fields, "text": TextConfig(**fields["text"])})
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise InputError(
+                f"Expected a model folder of format {FORMAT}, got {data['format']} in {folder}; "
+                "use the MedRationale version that wrote it."
+            )
+        config = ModelConfig.from_dict(data["model"])
+        if problem := config.problem():
+            raise ValueError(problem)
         concepts, vocabulary = data["concepts"], data["vocabulary"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        postprocessing, training = dict(data["postprocessing"]), dict(data["training"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"Expected the configuration of a MedRationale model in {folder / CONFIG}, got one that cannot be read "
             f"({type(error).__name__}: {error}); restore the folder."
         ) from error
-    if data.get("format") != FORMAT:
-        raise InputError(
-            f"Expected a model folder of format {FORMAT}, got {data.get('format')} in {folder}; "
-            "use the MedRationale version that wrote it."
-        )
     path = folder / WEIGHTS
     if not path.exists():
         raise InputError(f"Expected {WEIGHTS} beside {folder / CONFIG}, found none; restore the folder.")
     try:
-        weights = load_file(path)
+        content = path.read_bytes()
+        weights = load(content)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"Expected weights in safetensors format in {path}, got a damaged file ({error}); restore it."
         ) from error
+    sha256 = hashlib.sha256(content).hexdigest()
     model = RationaleModel(config, concepts)
     if with_text:
         model.attach_text(vocabulary)
     else:
         weights = {k: v for k, v in weights.items() if not k.startswith("f_txt.")}
     _check_shapes(model, weights, path)
+    if data.get("weights_sha256", sha256) != sha256:
+        raise InputError(
+            f"Expected the weights that were written with {folder / CONFIG}, got a file with another SHA-256 "
+            f"({sha256[:12]}...); restore the folder."
+        )
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return Checkpoint(
         model=model.to(device).eval(),
         folder=folder,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        postprocessing=data["postprocessing"],
-        training=data["training"],
+        sha256=sha256,
+        postprocessing=postprocessing,
+        training=training,
+        vocabulary=vocabulary,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 CLASSES = ("gland", "pz", "tz", "lesion")
 """Order of the mask decoder's class tokens and of every mask axis."""
@@ -60,6 +61,34 @@ class ModelConfig:
     shared_dim: int = 96
     """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
     text: TextConfig = field(default_factory=TextConfig)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of dataclasses.asdict, after JSON; KeyError or TypeError where fields are missing or unknown."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**{**fields, "text": TextConfig(**fields["text"])})
+
+    def problem(self) -> str | None:
+        """Why no model of these sizes can be built, in words; None where one can."""
+        rules = (
+            (self.patch > 0 and self.pixels % self.patch == 0, "patch must divide pixels"),
+            (self.heads > 0 and self.embed_dim % self.heads == 0, "heads must divide embed_dim"),
+            (self.neck_dim % 8 == 0, "neck_dim must be a multiple of 8"),
+            (
+                self.decoder_heads > 0 and self.neck_dim // 2 % self.decoder_heads == 0,
+                "decoder_heads must divide half of neck_dim",
+            ),
+            (
+                self.depth > 0 and all(0 <= i < self.depth for i in self.global_attention),
+                "depth must be positive and global_attention must name blocks below it",
+            ),
+            (self.axial_every >= 0 and self.window >= 0, "axial_every and window must not be negative"),
+            (self.detail_dim == 0 or self.patch == 16, "detail_dim needs patches of 16 pixels"),
+            (self.detail_dim % 4 == 0, "detail_dim must be a multiple of 4"),
+            (self.detail_dim == 0 or self.shared_dim % 8 == 0, "shared_dim must be a multiple of 8"),
+            (self.text.heads > 0 and self.text.width % self.text.heads == 0, "text.heads must divide text.width"),
+        )
+        return next((words for holds, words in rules if not holds), None)
 
 
 def compact() -> ModelConfig:

@@ -59,6 +59,7 @@ class RationaleModel(nn.Module):
         self.projection = SharedProjection(config)
         self.f_mask = ClassMaskDecoder(config)
         self.f_txt: nn.Module | None = None
+        self.concept_embeddings: Tensor
         self.register_buffer("concept_embeddings", torch.zeros(len(self.concepts), config.shared_dim))
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         """log of the inverse temperature of InfoNCE; CLIP's starting value is 1 / 0.07, learned."""

@@ -1,12 +1,56 @@
-"""What a training run is made of; one dataclass becomes the command line and the YAML file."""
+"""What a training run is made of; one dataclass becomes the command line and the YAML file. No torch at import."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from MedRationaleLib.errors import InputError
 from MedRationaleLib.model.config import ModelConfig
-from MedRationaleTraining.data.stacks import SamplingConfig
-from MedRationaleTraining.losses import LossConfig
+from MedRationaleLib.synthesis.fields import PIXELS, SLICES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which slices are seen, and how they are varied (paper, Appendix D, and MA-SAM's neighbouring slices)."""
+
+    slices: int = 8
+    """Neighbouring slices of one stack."""
+    lesion_stacks: float = 0.55
+    """Share of stacks that are placed on a lesion, where the examination has one."""
+    move: float = 0.6
+    """Share of stacks that are rotated (8 degrees), scaled (10 %) and shifted (8 mm)."""
+    contrast: float = 0.7
+    """Share of sequences whose contrast curve, noise or sharpness is varied."""
+    drop_adc: float = 0.12
+    """Share of stacks without ADC: modality drop-out, so that a missing sequence is no surprise."""
+    drop_dwi: float = 0.12
+    """Share of stacks without DWI."""
+    drop_both: float = 0.08
+    """Share of stacks with T2W alone, besides those that lose both by chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms."""
+
+    focal_alpha: float = 0.97
+    """Weight of the positive class (paper, section 5.1)."""
+    focal_gamma: float = 2.0
+    """(paper, section 5.1)."""
+    focal_weight: float = 1.0
+    """(paper, Eq. 2: the two terms are added as they are)."""
+    dice_weight: float = 1.0
+    """(paper, Eq. 2)."""
+    node_weight: float = 0.3
+    """InfoNCE of a region against the candidate concepts of each node."""
+    slice_weight: float = 0.1
+    """The same with the whole slice's mean embedding, the paper's unit."""
+    rationale_weight: float = 0.1
+    """InfoNCE of regions against whole rationales within the batch."""
+    text_every: int = 1
+    """f_txt is trained at every so many steps; in between, the concept embeddings it last gave stand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +79,26 @@ class FitConfig:
 
     out: str
     """Folder for checkpoints, logs and the exported model."""
-    train: list[str] = field(default_factory=list)
+    train: list[str]
     """Synthetic sets (folders made by `synthesize`)."""
     val: str | None = None
     """Synthetic set of other patients, for the curves and the thresholds."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of the network; the defaults are `compact`."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Which slices are seen, and how they are varied."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Weights of the terms of Eq. 2."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam and the learning rate."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 2
     """Stacks a step."""
     seed: int = 0
     """Of weights, examples and phrasings."""
-    precision: str = "bf16-mixed"
-    """Lightning Fabric's precision."""
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+    """Lightning Fabric's precision; bf16-mixed becomes 32-true on a device that only emulates bfloat16."""
     accelerator: str = "auto"
     """Lightning Fabric's accelerator."""
     workers: int = 1
@@ -63,3 +111,48 @@ class FitConfig:
     """Examinations of a validation."""
     initial: str | None = None
     """Model folder to start from instead of random weights."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FitConfig:
+        """The inverse of dataclasses.asdict, after JSON or YAML."""
+        optimizer = dict(data["optimizer"])
+        parts = {
+            "model": ModelConfig.from_dict(data["model"]),
+            "sampling": SamplingConfig(**data["sampling"]),
+            "loss": LossConfig(**data["loss"]),
+            "optimizer": OptimizerConfig(**(optimizer | {"betas": tuple(optimizer["betas"])})),
+        }
+        return cls(**{**data, **parts})
+
+
+def check(config: FitConfig) -> None:
+    """Refuse what cannot be trained, before any data is read."""
+    m, s, o, loss = config.model, config.sampling, config.optimizer, config.loss
+    shares = (s.lesion_stacks, s.move, s.contrast, s.drop_adc, s.drop_dwi, s.drop_both)
+    weights = (loss.focal_weight, loss.dice_weight, loss.node_weight, loss.slice_weight, loss.rationale_weight)
+    rules: tuple[tuple[bool, str, object], ...] = (
+        (bool(config.train), "at least one synthetic set in train (make one with `synthesize`)", config.train),
+        (config.steps >= 1, "steps of at least 1", config.steps),
+        (config.batch >= 1, "batch of at least 1", config.batch),
+        (loss.text_every >= 1, "loss.text_every of at least 1", loss.text_every),
+        (config.workers >= 0, "workers of 0 or more", config.workers),
+        (config.save_every >= 1, "save_every of at least 1", config.save_every),
+        (config.validate_every >= 1, "validate_every of at least 1", config.validate_every),
+        (config.validation_cases >= 1, "validation_cases of at least 1", config.validation_cases),
+        (m.problem() is None, f"a model that can be built ({m.problem()})", m.name),
+        (m.pixels == PIXELS, f"model.pixels of {PIXELS}, which synthetic sets have", m.pixels),
+        (m.text.kind != "biomedclip" or m.text.folder is not None, "model.text.folder with a tokenizer", None),
+        (1 <= s.slices <= SLICES, f"sampling.slices from 1 to {SLICES}, which synthetic sets have", s.slices),
+        (all(0 <= share <= 1 for share in shares), "shares from 0 to 1 in sampling", shares),
+        (all(weight >= 0 for weight in weights), "weights of 0 or more in loss", weights),
+        (0 < loss.focal_alpha < 1 and loss.focal_gamma >= 0, "focal_alpha from 0 to 1 and focal_gamma of 0 or more",
+         (loss.focal_alpha, loss.focal_gamma)),
+        (o.lr > 0 and o.clip > 0 and o.weight_decay >= 0 and o.warmup_steps >= 0,
+         "positive optimizer.lr and clip, and no negative weight_decay or warmup_steps",
+         (o.lr, o.clip, o.weight_decay, o.warmup_steps)),
+        (all(0 <= b < 1 for b in (*o.betas, o.ema)) and 0 < o.final_lr <= 1,
+         "optimizer.betas and ema from 0 to below 1 and final_lr above 0 up to 1", (o.betas, o.ema, o.final_lr)),
+    )  # fmt: skip
+    for holds, expected, got in rules:
+        if not holds:
+            raise InputError(f"Expected {expected}, got {got}; correct the configuration.")

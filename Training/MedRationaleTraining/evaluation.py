@@ -2,23 +2,236 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.files import check_writable, write_text
+from MedRationaleLib.findings import PostprocessingConfig, clean_gland, label_lesions, split_zones
+from MedRationaleLib.model.checkpoint import Checkpoint, load_checkpoint
 from MedRationaleLib.model.config import CLASSES
+from MedRationaleLib.model.precision import autocast
 from MedRationaleLib.model.rationale_model import RationaleModel
-from MedRationaleTraining.data.stacks import StoredExam, stored_exams, whole_exam
+from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM
+from MedRationaleTraining.data.stacks import Stack, make_stack, slice_answers, whole_exam
+from MedRationaleTraining.data.synthetic import LESION_BIT, StoredExam, describe_set, stored_exams
 from MedRationaleTraining.losses import NodeTargets
+from MedRationaleTraining.metrics import Detection, Estimate, LesionResults, dice, match_lesions, mean, ratio
+from MedRationaleTraining.metrics import smoothed_dice as smoothed
+
+SPACING = (SLICE_MM, PIXEL_MM, PIXEL_MM)
+"""Of the synthetic sets and of the masks that are compared, (z, y, x) in mm."""
+UNITS = {"regions": "the true regions", "slices": "the mean of whole slices, the paper's unit"}
 
 
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|); nan when both are empty."""
-    total = a.sum() + b.sum()
-    return float(2 * (a & b).sum() / total) if total else float("nan")
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one examination, and what is true of it."""
+
+    probabilities: np.ndarray
+    """(4, S, 256, 256) float32: gland, PZ, TZ, lesion; 0 where T2W has no data."""
+    truth: np.ndarray
+    """(4, S, 256, 256) bool."""
+    pooled: np.ndarray
+    """(R, K) similarity of every true region to every concept."""
+    slices: np.ndarray
+    """(S, K) of every slice's mean embedding."""
+    stack: Stack
+    seen: np.ndarray
+    """(S,) bool: T2W has data in the slice."""
+
+
+@torch.inference_mode()
+def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu") -> Prediction:
+    """One forward pass over all slices and their mirror image, averaged, as inference does it."""
+    stack = whole_exam(exam)
+    with autocast(device):
+        output = model(torch.stack([stack.images, stack.images.flip(-1)]).to(device))
+    probabilities = output.mask_logits.sigmoid()
+    probabilities = ((probabilities[0] + probabilities[1].flip(-1)) / 2).permute(1, 0, 2, 3)
+    size = stack.images.shape[-2:]
+    full = torch.nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+    concepts = model.concept_embeddings
+    weights = torch.stack([stack.regions, stack.regions.flip(-1)]).to(device)
+    if weights.shape[-2:] != output.embedding.shape[-2:]:
+        target = output.embedding.shape[-2:]
+        weights = torch.nn.functional.interpolate(weights.flatten(0, 1), target, mode="area").unflatten(0, (2, -1))
+    _, valid, labels, _ = make_stack(exam, 0, len(exam.labels))
+    zone = np.where(valid[0], labels & 3, 0)
+    lesion = valid[0] & ((labels & LESION_BIT) > 0)
+    return Prediction(
+        probabilities=full.float().cpu().numpy() * valid[0],
+        truth=np.stack([zone > 0, zone == 1, zone == 2, lesion]),
+        pooled=(output.pool(weights).mean(0) @ concepts.T).cpu().numpy(),
+        slices=(output.slice_means().mean(0) @ concepts.T).cpu().numpy(),
+        stack=stack,
+        seen=valid[0].any((1, 2)),
+    )
+
+
+def predictions(model: RationaleModel, folder: str | Path, cases: int | None, device: str) -> Iterator[Prediction]:
+    """One after the other, with a progress bar."""
+    for path in track(stored_exams(folder)[:cases], "Assessing"):
+        yield predict(model, StoredExam.open(path), device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """One examination."""
+
+    dice: dict[str, float]
+    """Volume Dice of gland, PZ, TZ and lesion; nan where there is none."""
+    smoothed: tuple[float, ...]
+    """The paper's Dice of every slice with a lesion."""
+    lesions: LesionResults
+    answers: dict[str, list[tuple[str, str, str, bool]]]
+    """"regions" and "slices" -> (node, zone, true concept, retrieved or not)."""
+
+
+def assess(
+    prediction: Prediction, config: PostprocessingConfig, targets: NodeTargets, concepts: list[str]
+) -> CaseResult:
+    """Post-process as inference does, and compare."""
+    p, truth = prediction.probabilities, prediction.truth
+    gland = clean_gland(p[0], SPACING, config)
+    pz, tz = split_zones(p[1], p[2], gland, SPACING, config)
+    # Candidates of every likelihood make the curves of AP and AUROC; those from lesion_peak up are what a user sees.
+    every = label_lesions(p[3], gland, SPACING, replace(config, lesion_peak=config.lesion_floor))
+    shown = [k for k in range(1, int(every.max()) + 1) if p[3][every == k].max() >= config.lesion_peak]
+    lesion = np.isin(every, shown) & (every > 0)
+    positive = np.flatnonzero(truth[3].any((1, 2)))
+    volume = {n: dice(a, t) for n, a, t in zip(CLASSES, (gland, pz, tz, lesion), truth, strict=True)}
+    if not positive.size:
+        volume["lesion"] = float("nan")
+    kept = np.flatnonzero(prediction.seen)
+    of_slices = slice_answers(prediction.stack)
+    return CaseResult(
+        dice=volume,
+        smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
+        lesions=match_lesions(every, p[3], truth[3]),
+        answers={
+            "regions": _retrieved(prediction.pooled, prediction.stack.answers, targets, concepts),
+            "slices": _retrieved(prediction.slices[kept], [of_slices[s] for s in kept], targets, concepts),
+        },
+    )
+
+
+def _retrieved(
+    similarity: np.ndarray, answers: Sequence[Mapping[str, str]], targets: NodeTargets, concepts: list[str]
+) -> list[tuple[str, str, str, bool]]:
+    found = []
+    for row, rationale in zip(similarity, answers, strict=True):
+        for node, candidates, truth in targets.rows(rationale):
+            best = candidates[int(row[candidates].argmax())]
+            zone = "" if node == "zone" else rationale.get("zone", "")
+            found.append((node, zone, concepts[truth], best == truth))
+    return found
+
+
+def summarise(results: Sequence[CaseResult], config: PostprocessingConfig) -> dict[str, Any]:
+    """Every figure with its interval over examinations."""
+    metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
+    metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
+    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_peak)
+    retrieval = {unit: _accuracies([r.answers[unit] for r in results]) for unit in UNITS}
+    return {"metrics": {k: asdict(v) for k, v in metrics.items()}, "retrieval": retrieval}
+
+
+def _accuracies(cases: Sequence[list[tuple[str, str, str, bool]]]) -> dict[str, dict[str, Any]]:
+    """Node -> accuracy, interval, number of examples, and what always giving the commonest answer would score."""
+    rows = [row for case in cases for row in case]
+    table = {}
+    for node in dict.fromkeys(node for node, *_ in rows):
+        right = [sum(hit for n, _, _, hit in case if n == node) for case in cases]
+        there = [sum(n == node for n, *_ in case) for case in cases]
+        by_zone: dict[str, Counter[str]] = defaultdict(Counter)
+        for n, zone, truth, _ in rows:
+            if n == node:
+                by_zone[zone][truth] += 1
+        commonest = sum(counts.most_common(1)[0][1] for counts in by_zone.values())
+        table[node] = asdict(ratio(right, there)) | {"majority": commonest / sum(there)}
+    return table
+
+
+def evaluate(
+    model: str | Path, data: str | Path, out: Path, *, cases: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Write evaluation.json and evaluation.md to `out`; returns what the JSON holds."""
+    stored_exams(data)
+    check_writable(out)
+    checkpoint = load_checkpoint(model, device=device)
+    config = PostprocessingConfig(**checkpoint.postprocessing)
+    concepts = list(checkpoint.model.concepts)
+    targets = NodeTargets(DecisionTree.load(), concepts)
+    results = [assess(p, config, targets, concepts) for p in predictions(checkpoint.model, data, cases, device)]
+    report = _header(checkpoint, Path(data), len(results), config) | summarise(results, config)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(out / "evaluation.md", markdown(report))
+    return report
+
+
+def _header(checkpoint: Checkpoint, data: Path, cases: int, config: PostprocessingConfig) -> dict[str, Any]:
+    made = describe_set(data)
+    return {
+        "format": 1,
+        "model": checkpoint.model.config.name,
+        "weights_sha256": checkpoint.sha256,
+        "data": {**{k: made[k] for k in ("name", "split", "seed")}, "examinations": cases},
+        "postprocessing": asdict(config),
+    }
+
+
+LABELS = {
+    "dice_gland": "gland Dice",
+    "dice_pz": "peripheral zone Dice",
+    "dice_tz": "transition zone Dice",
+    "dice_lesion": "lesion Dice (examinations with a lesion)",
+    "dice_lesion_smoothed": "lesion Dice as in the paper (epsilon 1, slices with a lesion)",
+    "lesion_ap": "lesion average precision (picai_eval)",
+    "case_auroc": "examination AUROC (picai_eval)",
+    "lesion_sensitivity": "lesions found at the model's threshold",
+    "false_candidates_per_case": "false candidates an examination, there",
+}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as two tables."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if row["value"] is None:
+            return "not defined"
+        interval = f" ({row['ci95'][0]:.3f} to {row['ci95'][1]:.3f})" if row["ci95"] else ""
+        return f"{row['value']:.3f}{interval}"
+
+    data = report["data"]
+    lines = [
+        f"# {report['model']} on {data['examinations']} synthetic examinations ({data['split'] or 'unknown'} split)",
+        "",
+        "Synthetic images; 95 % bootstrap intervals over examinations in brackets.",
+        "",
+        "| figure | value | n |",
+        "|---|---|---|",
+        *(f"| {LABELS[k]} | {cell(row)} | {row['n']} |" for k, row in report["metrics"].items()),
+    ]
+    for unit, words in UNITS.items():
+        lines += [
+            "",
+            f"Concept retrieval on {words}; the baseline always gives the zone's commonest answer.",
+            "",
+            "| node | accuracy | baseline | n |",
+            "|---|---|---|---|",
+            *(f"| {n} | {cell(r)} | {r['majority']:.3f} | {r['n']} |" for n, r in report["retrieval"][unit].items()),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
@@ -33,9 +246,15 @@ def quick_validation(
         with fabric.autocast():
             output = model(stack.images[None].to(fabric.device))
         predicted = output.mask_logits[0].cpu().numpy() > 0
+        masks = stack.masks
+        if masks.shape[-2:] != predicted.shape[-2:]:
+            masks = torch.nn.functional.interpolate(masks, predicted.shape[-2:], mode="area")
         for c, name in enumerate(CLASSES):
-            scores[f"dice_{name}"].append(dice(predicted[:, c], stack.masks[:, c].numpy() > 0.5))
-        similarity = (output.pool(stack.regions[None].to(fabric.device))[0] @ model.concept_embeddings.T).cpu()
+            scores[f"dice_{name}"].append(dice(predicted[:, c], masks[:, c].numpy() > 0.5))
+        regions = stack.regions
+        if regions.shape[-2:] != output.embedding.shape[-2:]:
+            regions = torch.nn.functional.interpolate(regions, output.embedding.shape[-2:], mode="area")
+        similarity = (output.pool(regions[None].to(fabric.device))[0] @ model.concept_embeddings.T).cpu()
         for row, answers in zip(similarity, stack.answers, strict=True):
             for node, candidates, truth in targets.rows(answers):
                 best = candidates[int(row[candidates].argmax())]

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from monai.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
 
 from MedRationaleLib.decision_tree import DecisionTree
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the terms."""
-
-    focal_alpha: float = 0.97
-    """Weight of the positive class (paper, section 5.1)."""
-    focal_gamma: float = 2.0
-    """(paper, section 5.1)."""
-    focal_weight: float = 1.0
-    dice_weight: float = 1.0
-    node_weight: float = 0.3
-    """InfoNCE of a region against the candidate concepts of each node."""
-    slice_weight: float = 0.1
-    """The same with the whole slice's mean embedding, the paper's unit."""
-    rationale_weight: float = 0.1
-    """InfoNCE of regions against whole rationales within the batch."""
+from MedRationaleTraining.config import LossConfig
 
 
 class SegmentationLoss(nn.Module):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
+import pickle
+import signal
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,20 +23,26 @@ from torch.utils.data import DataLoader
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
+from MedRationaleLib.files import write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
+from MedRationaleLib.model.precision import bf16_in_hardware
 from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.model.torchvision_guard import ensure_torchvision
-from MedRationaleTraining.config import FitConfig
-from MedRationaleTraining.data.stacks import Stack, StackDataset
+from MedRationaleTraining.config import FitConfig, check
+from MedRationaleTraining.data.stacks import Stack, StackDataset, slice_answers
+from MedRationaleTraining.data.synthetic import describe_set, stored_exams
 from MedRationaleTraining.losses import NodeTargets, SegmentationLoss, info_nce
 from MedRationaleTraining.phrases import all_phrases, draw_phrases, draw_rationale
 
 ensure_torchvision()
 from lightning.fabric import Fabric, seed_everything  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 _logger = logging.getLogger(__name__)
-STATE = "state.ckpt"
+STATE, RUN = "state.ckpt", "run.json"
+SPEED_AFTER = 50
+"""Steps after which the loader's speed is told."""
 
 
 class Objective:
@@ -58,20 +68,26 @@ class Objective:
         dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1))
 
         scale = model.logit_scale.exp().clamp(max=100)
-        encoder = model.f_txt
+        encoder = cast(TextEncoder, model.f_txt)
         answers = [a for s in stacks for a in s.answers]
-        sentences = [draw_rationale(a, self._phrases, rng) for a in answers]
-        texts = draw_phrases(self._phrases, rng)
-        tokens = encoder.tokenize(texts + sentences).to(device)  # type: ignore[union-attr, operator]
-        encoded = encoder(tokens)  # type: ignore[misc]
-        concepts, rationales = encoded[: len(texts)], encoded[len(texts) :]
+        train_text = step % self._config.text_every == 0
+        if train_text:
+            sentences = [draw_rationale(a, self._phrases, rng) for a in answers]
+            texts = draw_phrases(self._phrases, rng)
+            tokens = encoder.tokenize(texts + sentences).to(device)
+            encoded = encoder(tokens)
+            concepts, rationales = encoded[: len(texts)], encoded[len(texts) :]
+            model.concept_embeddings.copy_(concepts.detach())
+        else:
+            concepts = model.concept_embeddings
         pooled = _pool(output, stacks)
         terms = {"dice": dice, "focal": focal}
         terms["nodes"] = self._config.node_weight * self.nodes.loss(pooled @ concepts.T, answers, scale)
 
-        slices, slice_answers = _slice_answers(output, stacks)
-        terms["slices"] = self._config.slice_weight * self.nodes.loss(slices @ concepts.T, slice_answers, scale)
-        if len(answers) > 1:
+        slices = output.slice_means().flatten(0, 1)
+        true_of_slices = [a for s in stacks for a in slice_answers(s)]
+        terms["slices"] = self._config.slice_weight * self.nodes.loss(slices @ concepts.T, true_of_slices, scale)
+        if train_text and len(answers) > 1:
             same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
             similarity = pooled @ rationales.T
             both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
@@ -93,31 +109,18 @@ def _pool(output: ModelOutput, stacks: list[Stack]) -> Tensor:
     return torch.cat([p[: len(s.regions)] for p, s in zip(pooled, stacks, strict=True)])
 
 
-def _slice_answers(output: ModelOutput, stacks: list[Stack]) -> tuple[Tensor, list[dict[str, str]]]:
-    """Whole-slice means and what is true of each slice: its largest lesion's rationale, or that there is none."""
-    means = output.slice_means().flatten(0, 1)
-    answers: list[dict[str, str]] = []
-    for stack in stacks:
-        areas = stack.regions.sum((2, 3))  # (R, S)
-        for s in range(stack.images.shape[0]):
-            lesions = [r for r, lesion in enumerate(stack.is_lesion) if lesion and areas[r, s] > 1]
-            largest = max(lesions, key=lambda r: float(areas[r, s]), default=None)
-            answers.append(stack.answers[largest] if largest is not None else {"lesion_presence": "lesion_absent"})
-    return means, answers
-
-
 def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, list[int]]:
     """The model with its text tower, from random weights or from a model folder."""
     phrases = [text for texts in all_phrases(bank).values() for text in texts]
     vocabulary = TextEncoder.vocabulary_of(phrases)
     if config.initial:
         checkpoint = load_checkpoint(config.initial, with_text=True)
-        if checkpoint.model.config != config.model:
+        if checkpoint.model.config != config.model or checkpoint.model.concepts != tuple(bank):
             raise InputError(
-                f"Expected a model of the configured sizes in {config.initial}, got {checkpoint.model.config.name}; "
-                "take its config.json's sizes or another folder."
+                f"Expected a model of the configured sizes and of this concept bank in {config.initial}, got another "
+                f"({checkpoint.model.config.name}); take its config.json's sizes or another folder."
             )
-        return checkpoint.model.train(), vocabulary
+        return checkpoint.model.train(), checkpoint.vocabulary
     model = RationaleModel(config.model, list(bank))
     model.attach_text(vocabulary)
     return model, vocabulary
@@ -126,10 +129,10 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
 @torch.no_grad()
 def store_concept_embeddings(model: RationaleModel, bank: ConceptBank) -> None:
     """concept_embeddings = unit-length mean of f_txt over the phrasings of each concept."""
-    encoder = model.f_txt
+    encoder = cast(TextEncoder, model.f_txt)
     rows = []
     for texts in all_phrases(bank).values():
-        mean = encoder(encoder.tokenize(texts).to(model.concept_embeddings.device)).mean(0)  # type: ignore[misc, union-attr, operator]
+        mean = encoder(encoder.tokenize(texts).to(model.concept_embeddings.device)).mean(0)
         rows.append(torch.nn.functional.normalize(mean, dim=0))
     model.concept_embeddings.copy_(torch.stack(rows))
 
@@ -138,17 +141,19 @@ class Trainer:
     """Runs `fit`; `state.ckpt` in `out` holds all that is needed to go on."""
 
     def __init__(self, config: FitConfig) -> None:
-        if not config.train:
-            raise InputError("Expected at least one synthetic set in `train`, got none; make one with `synthesize`.")
+        check(config)
         self.config = config
         self.out = Path(config.out)
+        self.dataset = StackDataset(config.train, config.sampling, length=config.steps * config.batch, seed=config.seed)
+        if config.val:
+            stored_exams(config.val)
         self.bank = ConceptBank.load()
         self.tree = DecisionTree.load()
-        self.fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)  # type: ignore[arg-type]
+        self.fabric = _fabric(config)
         seed_everything(config.seed, verbose=False)
         model, self.vocabulary = build_model(config, self.bank)
-        model = model.to(memory_format=torch.channels_last)
-        groups = [
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
             {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -166,37 +171,74 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(), "step": self.step}  # fmt: skip
 
     def save(self) -> None:
-        """Write the state under a temporary name, then rename."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Write the state under a temporary name, then rename, so that a kill leaves the earlier one."""
         part = self.out / (STATE + ".part")
-        torch.save(self._state(), part)
-        part.replace(self.out / STATE)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            torch.save(self._state(), part)
+            part.replace(self.out / STATE)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            part.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"Expected room for the training state in {self.out}, got '{reason}' at step {self.step}; "
+                "free some space or choose another `out`, and run the same command again."
+            ) from error
 
     def resume(self) -> bool:
         """Load the state of an earlier run, if there is one."""
         path = self.out / STATE
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True, map_location=self.fabric.device)
         try:
+            state = read_state(path, self.fabric.device)
             self.model.module.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.step = int(state["step"])
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"Expected a checkpoint of the configured model in {path}, got another; choose a new `out` folder."
             ) from error
-        self.step = state["step"]
+        for name in ("train.csv", "val.csv"):
+            self._forget_later_rows(self.out / name)
         return True
+
+    def _forget_later_rows(self, path: Path) -> None:
+        """Remove what an interrupted run logged after its last checkpoint, for it will be logged again."""
+        if path.exists():
+            head, *rows = path.read_text().splitlines()
+            kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step]
+            write_text(path, "\n".join([head, *kept]) + "\n")
+
+    def _describe(self) -> None:
+        """Write run.json, which `export` reads; say what differs from the run that is gone on with."""
+        path = self.out / RUN
+        now: dict[str, Any] = {
+            "config": json.loads(json.dumps(asdict(self.config))),
+            "vocabulary": self.vocabulary,
+            "concepts": list(self.bank),
+            "sets": [describe_set(folder) for folder in self.config.train],
+        }
+        if path.exists() and self.step:
+            before = json.loads(path.read_text()).get("config", {})
+            places = ("out", "workers", "save_every", "validate_every", "validation_cases", "val", "accelerator")
+            changed = [k for k, v in now["config"].items() if k not in places and before.get(k) != v]
+            if changed:
+                _logger.warning("going on with other settings than the run began with: %s", ", ".join(changed))
+        write_text(path, json.dumps(now, indent=1) + "\n")
 
     # ------------------------------------------------------------ loop
 
     def fit(self) -> RationaleModel:
         """Train to the last step and return the averaged model, with its concept embeddings in place."""
         config = self.config
-        resumed = self.resume()
-        if resumed:
+        if self.resume():
             _logger.info("resumed at step %d", self.step)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._describe()
         with Progress(
             TextColumn("training"),
             BarColumn(),
@@ -206,37 +248,57 @@ class Trainer:
         ) as progress:
             task = progress.add_task("", total=config.steps, completed=self.step)
             running: dict[str, float] = {}
-            start = time.monotonic()
+            start = before = time.monotonic()
+            first, waited = self.step, 0.0
             for stacks in self._batches():
+                waited += time.monotonic() - before
                 terms = self._train_step(stacks)
                 for name, value in terms.items():
                     running[name] = 0.98 * running.get(name, value) + 0.02 * value
                 self.step += 1
                 text = " ".join(f"{k} {v:.3f}" for k, v in running.items())
                 progress.update(task, completed=self.step, description=text)
+                if self.step - first == min(SPEED_AFTER, config.steps - first):
+                    self._tell_speed(time.monotonic() - start, waited, self.step - first)
                 if self.step % 50 == 0:
                     self._log("train.csv", {"step": self.step, "seconds": time.monotonic() - start, **running})
                 if self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
                 if config.val and (self.step % config.validate_every == 0 or self.step == config.steps):
                     self._validate()
-        model = self.ema.module
+                before = time.monotonic()
+        model = cast(RationaleModel, self.ema.module)
         store_concept_embeddings(model, self.bank)
         return model.eval()
 
+    def _tell_speed(self, seconds: float, waited: float, steps: int) -> None:
+        """What the loader makes alone, against what the training takes."""
+        begin, tries = time.monotonic(), 4
+        for index in range(tries):
+            self.dataset[index]
+        made = tries / (time.monotonic() - begin) * max(1, self.config.workers)
+        taken = steps * self.config.batch / max(seconds, 1e-6)
+        _logger.info(
+            "loader: %.2f stacks/s in %d worker(s) beside the training; the training takes %.2f stacks/s (ratio %.1f) "
+            "and waited for examples %.0f %% of the time",
+            made, self.config.workers, taken, made / taken, 100 * waited / max(seconds, 1e-6),
+        )  # fmt: skip
+
     def _batches(self) -> Iterator[list[Stack]]:
         config = self.config
-        dataset = StackDataset(config.train, config.sampling, length=config.steps * config.batch, seed=config.seed)
         loader = DataLoader(
-            dataset,
+            self.dataset,
             batch_size=config.batch,
             sampler=range(self.step * config.batch, config.steps * config.batch),
             collate_fn=list,
             num_workers=config.workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_prepare_worker,
             prefetch_factor=4 if config.workers else None,
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except InputError as error:  # from a worker, with its traceback in the message
+            raise InputError(str(error).strip().splitlines()[-1].partition("InputError: ")[2] or str(error)) from error
 
     def _train_step(self, stacks: list[Stack]) -> dict[str, float]:
         o = self.config.optimizer
@@ -251,7 +313,7 @@ class Trainer:
             terms = self.objective(self.model.module, output, stacks, self.step)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            values = {k: float(v) for k, v in terms.items()}
+            values = {k: round(float(v), 4) for k, v in terms.items()}
             raise InputError(
                 f"Expected a finite loss, got {values} at step {self.step}; lower optimizer.lr or look at the data."
             )
@@ -265,7 +327,7 @@ class Trainer:
     def _validate(self) -> None:
         from MedRationaleTraining.evaluation import quick_validation
 
-        model = self.ema.module
+        model = cast(RationaleModel, self.ema.module)
         store_concept_embeddings(model, self.bank)
         row = quick_validation(model.eval(), str(self.config.val), self.config.validation_cases, self.tree, self.fabric)
         model.train()
@@ -274,7 +336,6 @@ class Trainer:
 
     def _log(self, name: str, row: dict[str, float]) -> None:
         path = self.out / name
-        self.out.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -283,5 +344,35 @@ class Trainer:
             writer.writerow(round(v, 5) if isinstance(v, float) else v for v in row.values())
 
 
-def _one_thread(_: int) -> None:
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state of a run; a file that is none is refused."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"Expected a training state in {path}, got a file that cannot be read "
+            f"({str(error).splitlines()[0]}); remove it to begin anew, or choose another `out` folder."
+        ) from error
+    if not isinstance(state, dict) or not {"model", "ema", "optimizer", "step"} <= state.keys():
+        raise InputError(f"Expected a training state in {path}, got another file; choose another `out` folder.")
+    return state
+
+
+def _fabric(config: FitConfig) -> Fabric:
+    """One device; float32 where it only emulates bfloat16, which is several times slower."""
+    try:
+        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        if config.precision == "bf16-mixed" and not bf16_in_hardware(fabric.device):
+            _logger.warning("%s has no bfloat16 in hardware: training in float32", fabric.device)
+            fabric = Fabric(accelerator=config.accelerator, devices=1, precision="32-true")
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Expected an accelerator that is there, got '{config.accelerator}' ({str(error).splitlines()[0]}); "
+            "choose accelerator: auto."
+        ) from error
+    return fabric
+
+
+def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that trains

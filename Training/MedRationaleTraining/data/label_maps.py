@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,8 +19,13 @@ from MedRationaleLib.preprocessing import CropSpec, Grid
 Split = Literal["train", "val", "test"]
 LABEL_CROP = CropSpec(spacing_mm=(0.5, 0.5, 3.0), size=(256, 256, 24), pixels=256)
 """What a label map covers: 128 x 128 x 72 mm."""
-EXCLUDED = frozenset({"11373_1001396", "11063_1001085", "11050_1001070", "10096_1000096"})
-"""The two cases whose images are used as real tests, and two cases with wrong gland maps."""
+EXCLUDED = frozenset(
+    {
+        *("11373_1001396", "11063_1001085"),  # their images are the real tests
+        *("11050_1001070", "10096_1000096"),  # their gland maps are wrong
+        *("10000_1000000", "10270_1000274"),  # test patients whose images serve as backgrounds for training
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,13 @@ class PackedAnatomy:
 
     def load(self, case_id: str) -> LabelMap:
         """Unpack one case: bits 0-1 zone, 3-5 human lesion."""
-        packed = _archive(self._folder / f"picai_anatomy_{int(self._rows[case_id]['shard']):02d}.npz")[case_id]
+        path = self._folder / f"picai_anatomy_{int(self._rows[case_id]['shard']):02d}.npz"
+        try:
+            packed = _archive(path)[case_id]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(
+                f"Expected the label map {case_id} in {path}, got '{error}'; copy the archive anew and completely."
+            ) from error
         return LabelMap(case_id=case_id, zones=packed & 3, lesions=(packed >> 3) & 7)
 
 

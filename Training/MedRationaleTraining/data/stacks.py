@@ -14,28 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from MedRationaleLib.preprocessing import zscore
+from MedRationaleTraining.config import SamplingConfig
 from MedRationaleTraining.data.synthetic import LESION_BIT, VALID_SHIFT, StoredExam, stored_exams
 
 MASK_PIXELS = 128
 REGION_PIXELS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Which slices are seen, and how they are varied (paper, Appendix D, and MA-SAM's neighbouring slices)."""
-
-    slices: int = 8
-    """Neighbouring slices of one stack."""
-    lesion_stacks: float = 0.55
-    """Share of stacks that are placed on a lesion, where the examination has one."""
-    move: float = 0.6
-    """Share of stacks that are rotated (8 degrees), scaled (10 %) and shifted (8 mm)."""
-    contrast: float = 0.7
-    """Share of sequences whose contrast curve, noise or sharpness is varied."""
-    drop_adc: float = 0.12
-    drop_dwi: float = 0.12
-    drop_both: float = 0.08
-    """Modality drop-out, so that a missing sequence is no surprise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +61,7 @@ class StackDataset(Dataset):
     """Example i is drawn from (seed, i) alone, so that training resumes exactly and workers do not matter."""
 
     def __init__(self, folders: Sequence[str | Path], config: SamplingConfig, *, length: int, seed: int) -> None:
+        """Lists the examinations of the sets; reads none."""
         self._exams = [path for folder in folders for path in stored_exams(folder)]
         self._config, self._length, self._seed = config, length, seed
 
@@ -119,6 +103,17 @@ def whole_exam(exam: StoredExam) -> Stack:
     """All slices of an examination as they are, for evaluation."""
     images, valid, labels, regions = make_stack(exam, 0, exam.labels.shape[0])
     return _assemble(zscore(images, valid), labels, regions, exam)
+
+
+def slice_answers(stack: Stack) -> list[dict[str, str]]:
+    """What is true of each slice: its largest lesion's rationale, or that there is no lesion."""
+    areas = stack.regions.sum((2, 3))  # (R, S)
+    answers: list[dict[str, str]] = []
+    for s in range(stack.images.shape[0]):
+        lesions = [r for r, lesion in enumerate(stack.is_lesion) if lesion and areas[r, s] > 1]
+        largest = max(lesions, key=lambda r: float(areas[r, s]), default=None)
+        answers.append(stack.answers[largest] if largest is not None else {"lesion_presence": "lesion_absent"})
+    return answers
 
 
 def _assemble(images: np.ndarray, labels: np.ndarray, regions: np.ndarray, exam: StoredExam) -> Stack:

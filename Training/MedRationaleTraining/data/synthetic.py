@@ -10,11 +10,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 
 from MedRationaleLib.errors import InputError
+from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.synthesis import synthesize
 from MedRationaleLib.synthesis.anatomy import phantom_anatomy, random_placement
 from MedRationaleLib.synthesis.regions import Region
@@ -23,6 +25,8 @@ from MedRationaleTraining.data.real_backgrounds import RealBackgrounds
 
 _logger = logging.getLogger(__name__)
 LESION_BIT, VALID_SHIFT = 4, 3
+STAMP = "config.json"
+"""What a set was made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,20 @@ class SynthesisConfig:
 
 def make_set(out: Path, config: SynthesisConfig) -> int:
     """Write the set to `out`, keeping what is there, so an interrupted run goes on; returns how many were made."""
+    _check(config)
+    _open_sources(config)
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    stamp = out / "config.json"
-    wanted = {k: v for k, v in asdict(config).items() if k not in ("workers", "cases")}
-    if stamp.exists() and json.loads(stamp.read_text()) != wanted:
+    stamp = out / STAMP
+    wanted = json.dumps({k: v for k, v in asdict(config).items() if k not in ("workers", "cases")})
+    if stamp.exists() and stamp.read_text() != wanted:
         raise InputError(
             f"Expected a set made with the same settings in {out}, got {stamp.read_text()}; "
             "choose another folder or remove this one."
         )
-    stamp.write_text(json.dumps(wanted))
+    write_text(stamp, wanted)
+    for leftover in out.glob(".[0-9]*.*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     missing = [i for i in range(config.cases) if not (out / f"{i:05d}" / "rationales.json").exists()]
     make = partial(_make_one, out=out, config=config)
     if config.workers > 1:
@@ -70,6 +79,20 @@ def make_set(out: Path, config: SynthesisConfig) -> int:
         for index in track(missing, "Synthesising"):
             make(index)
     return len(missing)
+
+
+def _check(config: SynthesisConfig) -> None:
+    rules = (
+        (config.cases >= 1, "cases of at least 1", config.cases),
+        (config.workers >= 1, "workers of at least 1", config.workers),
+        (0 <= config.phantoms <= 1, "phantoms from 0 to 1", config.phantoms),
+        (0 <= config.real_share <= 1, "real_share from 0 to 1", config.real_share),
+        (0 <= config.keep_gland <= 1, "keep_gland from 0 to 1", config.keep_gland),
+        (config.seed >= 0, "seed of 0 or more", config.seed),
+    )
+    for holds, expected, got in rules:
+        if not holds:
+            raise InputError(f"Expected {expected}, got {got}; correct the configuration.")
 
 
 _sources: dict[SynthesisConfig, tuple] = {}
@@ -84,7 +107,13 @@ def _open_sources(config: SynthesisConfig) -> tuple:
             backgrounds = RealBackgrounds(
                 config.real_backgrounds, share=config.real_share, keep_gland=config.keep_gland
             )
-        _sources[config] = (maps, maps.cases(config.split) if maps else [], backgrounds)
+        cases = maps.cases(config.split) if maps else []
+        if maps and not cases:
+            raise InputError(
+                f"Expected label maps of the {config.split} split in {config.picai_labels}, got none; "
+                "choose another split or a complete copy."
+            )
+        _sources[config] = (maps, cases, backgrounds)
     return _sources[config]
 
 
@@ -121,6 +150,20 @@ def _make_one(index: int, *, out: Path, config: SynthesisConfig) -> None:
     temporary.replace(folder)
 
 
+def describe_set(folder: str | Path) -> dict[str, Any]:
+    """What a set is made of, without the paths of the machine that made it."""
+    folder = Path(folder)
+    stamp = json.loads((folder / STAMP).read_text()) if (folder / STAMP).exists() else {}
+    return {
+        "name": folder.name,
+        "examinations": len(stored_exams(folder)),
+        "split": stamp.get("split"),
+        "seed": stamp.get("seed"),
+        "picai_labels": bool(stamp.get("picai_labels")),
+        "real_backgrounds": bool(stamp.get("real_backgrounds")),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredExam:
     """One examination of the set, memory-mapped."""
@@ -137,15 +180,21 @@ class StoredExam:
     @classmethod
     def open(cls, folder: Path) -> StoredExam:
         """Map the arrays; nothing is read yet."""
-        data = json.loads((folder / "rationales.json").read_text())
-        labels = np.load(folder / "labels.npy", mmap_mode="r")
-        return cls(
-            images=np.load(folder / "images.npy", mmap_mode="r"),
-            labels=labels[0],
-            regions=labels[1],
-            rationales=tuple(Region(**region) for region in data["regions"]),
-            source=data["source"],
-        )
+        try:
+            data = json.loads((folder / "rationales.json").read_text())
+            labels = np.load(folder / "labels.npy", mmap_mode="r")
+            return cls(
+                images=np.load(folder / "images.npy", mmap_mode="r"),
+                labels=labels[0],
+                regions=labels[1],
+                rationales=tuple(Region(**region) for region in data["regions"]),
+                source=data["source"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise InputError(
+                f"Expected images.npy, labels.npy and rationales.json of one synthetic examination in {folder}, "
+                f"got files that cannot be read ({error}); remove that folder and run `synthesize` again."
+            ) from error
 
 
 def stored_exams(folder: str | Path) -> list[Path]:

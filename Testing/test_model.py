@@ -1,0 +1,304 @@
+"""The model: sizes, checkpoints, and agreement with the networks that it is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from MedRationaleLib.concepts import ConceptBank  # noqa: E402
+from MedRationaleLib.errors import InputError  # noqa: E402
+from MedRationaleLib.model.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint  # noqa: E402
+from MedRationaleLib.model.config import ModelConfig, TextConfig, compact, medsam_biomedclip  # noqa: E402
+from MedRationaleLib.model.image_encoder import AxialMixer  # noqa: E402
+from MedRationaleLib.model.mask_decoder import ClassMaskDecoder  # noqa: E402
+from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
+from MedRationaleLib.model.torchvision_guard import sam_modeling  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ModelConfig(
+    name="tiny",
+    pixels=64,
+    embed_dim=16,
+    depth=2,
+    heads=2,
+    window=2,
+    global_attention=(1,),
+    neck_dim=16,
+    axial_dim=4,
+    decoder_depth=1,
+    decoder_heads=2,
+    decoder_mlp=16,
+    detail_dim=4,
+    shared_dim=8,
+    text=TextConfig(width=16, layers=1, heads=2),
+)
+
+
+def phrases() -> list[str]:
+    return [text for concept in ConceptBank.load().values() for text in concept.phrasings]
+
+
+def tiny_model(seed: int = 0) -> RationaleModel:
+    torch.manual_seed(seed)
+    return RationaleModel(TINY, list(ConceptBank.load())).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_checkpoint(tiny_model(), tmp_path / "tiny", card="# tiny", vocabulary=[], postprocessing={"lesion_peak": 0.4})
+    return tmp_path / "tiny"
+
+
+# ------------------------------------------------------------------ sizes
+
+
+def test_compact_has_fewer_than_12_million_parameters_with_its_text_tower() -> None:
+    pytest.importorskip("open_clip")
+    from MedRationaleLib.model.text_encoder import TextEncoder
+
+    model = RationaleModel(compact(), list(ConceptBank.load()))
+    model.attach_text(TextEncoder.vocabulary_of(phrases()))
+    assert sum(p.numel() for p in model.parameters()) < 12e6
+
+
+def test_the_papers_model_is_built_by_the_same_code_and_runs_from_random_weights() -> None:
+    """At 256 instead of 1024 pixels, which changes nothing but the position embeddings and takes a sixteenth."""
+    model = RationaleModel(replace(medsam_biomedclip(), pixels=256), ["a", "b"]).eval()
+    with torch.inference_mode():
+        output = model(torch.randn(1, 2, 3, 256, 256))
+    assert output.mask_logits.shape == (1, 2, 4, 64, 64)
+    assert output.embedding.shape == (1, 2, 512, 16, 16)
+    assert torch.isfinite(output.mask_logits).all()
+
+
+def test_the_papers_model_has_the_shapes_of_sam_vit_b_and_biomedclip_at_1024_pixels() -> None:
+    pytest.importorskip("open_clip")
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = RationaleModel(medsam_biomedclip(), ["a", "b"])
+        model.attach_text()
+    assert model.f_img.pos_embed.shape == (1, 64, 64, 768)
+    assert sum(p.numel() for p in model.f_img.parameters()) == 89_670_912  # SAM ViT-B's image encoder
+    text = {k: v for k, v in model.state_dict().items() if k.startswith("f_txt.")}
+    assert text["f_txt.tower.proj.0.weight"].shape == (640, 768)
+    assert text["f_txt.tower.proj.2.weight"].shape == (512, 640)
+    assert 109e6 < sum(p.numel() for p in model.f_txt.parameters()) < 111e6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": 5}, "heads must divide embed_dim"),
+        ({"patch": 48}, "patch must divide pixels"),
+        ({"global_attention": (7,)}, "global_attention"),
+        ({"shared_dim": 9}, "shared_dim"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_named(change: dict, words: str) -> None:
+    assert TINY.problem() is None
+    assert words in str(replace(TINY, **change).problem())
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_a_new_axial_mixer_changes_nothing() -> None:
+    x = torch.randn(6, 4, 4, 16)
+    assert torch.equal(AxialMixer(16, 4)(x, slices=3), x)
+
+
+def test_a_trained_axial_mixer_sees_the_neighbouring_slices_of_its_own_stack_only() -> None:
+    torch.manual_seed(0)
+    mixer = AxialMixer(16, 4)
+    torch.nn.init.normal_(mixer.up.weight)
+    x = torch.randn(6, 2, 2, 16)
+    changed = x.clone()
+    changed[0] += 1.0
+    moved = (mixer(changed, slices=3) - mixer(x, slices=3)).abs().amax((1, 2, 3)) > 1e-6
+    assert moved.tolist() == [True, True, False, False, False, False]
+
+
+def test_the_decoder_without_detail_is_segment_anythings_called_image_by_image() -> None:
+    torch.manual_seed(1)
+    ours = ClassMaskDecoder(replace(TINY, detail_dim=0)).eval()
+    torch.nn.init.normal_(ours.no_prompt)
+    sam = sam_modeling()
+    theirs = sam.MaskDecoder(
+        transformer_dim=16,
+        transformer=sam.TwoWayTransformer(depth=1, embedding_dim=16, num_heads=2, mlp_dim=16),
+        num_multimask_outputs=3,
+    ).eval()
+    shared = {k: v for k, v in ours.state_dict().items() if k in theirs.state_dict()}
+    theirs.load_state_dict(shared)
+    embedding = torch.randn(3, 16, 4, 4)
+    with torch.inference_mode():
+        position = ours.position((4, 4))[None]
+        dense = ours.no_prompt.view(1, 16, 1, 1).expand(1, 16, 4, 4)
+        expected = [theirs.predict_masks(e[None], position, torch.zeros(1, 0, 16), dense)[0] for e in embedding]
+        assert torch.allclose(ours(embedding, None), torch.cat(expected), atol=1e-5)
+
+
+def test_pooling_is_the_mean_of_unit_embeddings_and_a_whole_slice_is_a_region() -> None:
+    model = tiny_model()
+    with torch.inference_mode():
+        output = model(torch.randn(2, 3, 3, 64, 64))
+    unit = torch.nn.functional.normalize(output.embedding, dim=2)
+    weights = torch.rand(2, 1, *output.embedding.shape[1:2], *output.embedding.shape[3:])
+    expected = (unit * weights[:, 0, :, None]).sum((1, 3, 4)) / weights.sum((2, 3, 4))
+    assert torch.allclose(output.pool(weights)[:, 0], expected, atol=1e-4)
+    assert torch.allclose(output.slice_means(), unit.mean((3, 4)), atol=1e-4)
+    concepts = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    assert torch.allclose(output.similarity(1, concepts), torch.einsum("sdhw,kd->kshw", unit[1], concepts), atol=1e-4)
+
+
+# ------------------------------------------------------------------ text
+
+
+def test_the_text_tower_gives_unit_vectors_and_tells_phrases_apart() -> None:
+    pytest.importorskip("open_clip")
+    from MedRationaleLib.model.text_encoder import TextEncoder
+
+    torch.manual_seed(0)
+    tower = TextEncoder(TINY.text, 8, TextEncoder.vocabulary_of(["lenticular", "round or oval"])).eval()
+    with torch.inference_mode():
+        vectors = tower(tower.tokenize(["lenticular", "round or oval", "zzyzx", "qwfpgj"]))
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert not torch.allclose(vectors[0], vectors[1])
+    assert tower.tokenize(["zzyzx"]).max() < tower.tower.vocab_size  # unknown words have an entry, too
+
+
+def test_inference_imports_no_text_stack(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "from MedRationaleLib.model.checkpoint import load_checkpoint\n"
+        f"load_checkpoint({str(folder)!r})\n"
+        "print([m for m in ('open_clip', 'torchvision', 'transformers', 'monai', 'lightning', 'timm') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_a_model_comes_back_from_its_folder_as_it_was_up_to_float16(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, CARD}
+    assert checkpoint.model.config == TINY
+    assert checkpoint.postprocessing == {"lesion_peak": 0.4}
+    images = torch.randn(1, 2, 3, 64, 64)
+    with torch.inference_mode():
+        ours, theirs = tiny_model()(images), checkpoint.model(images)
+    assert torch.allclose(ours.mask_logits, theirs.mask_logits, atol=0.02)
+    assert not checkpoint.model.training
+
+
+def test_the_stored_concept_embeddings_are_those_that_the_stored_text_tower_gives(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from MedRationaleLib.model.text_encoder import TextEncoder
+    from MedRationaleTraining.trainer import store_concept_embeddings
+
+    bank = ConceptBank.load()
+    vocabulary = TextEncoder.vocabulary_of(phrases())
+    model = tiny_model()
+    model.attach_text(vocabulary)
+    model.half().float()
+    store_concept_embeddings(model, bank)
+    save_checkpoint(model, tmp_path / "text", card="# text", vocabulary=vocabulary)
+    loaded = load_checkpoint(tmp_path / "text", with_text=True)
+    stored = loaded.model.concept_embeddings.clone()
+    assert stored.abs().sum() > 0
+    store_concept_embeddings(loaded.model, bank)
+    assert torch.allclose(stored, loaded.model.concept_embeddings, atol=1e-3)
+    assert loaded.vocabulary == vocabulary
+
+
+def damage_truncated(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def damage_one_byte(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def damage_text_instead(folder: Path) -> None:
+    (folder / WEIGHTS).write_text("no weights")
+
+
+def damage_missing_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def damage_missing_config(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+
+
+def damage_broken_config(folder: Path) -> None:
+    (folder / CONFIG).write_text("{")
+
+
+def damage_foreign_config(folder: Path) -> None:
+    (folder / CONFIG).write_text("[1]")
+
+
+def damage_other_format(folder: Path) -> None:
+    data = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**data, "format": 99}))
+
+
+def damage_impossible_sizes(folder: Path) -> None:
+    data = json.loads((folder / CONFIG).read_text())
+    data["model"]["heads"] = 5
+    (folder / CONFIG).write_text(json.dumps(data))
+
+
+def damage_wrong_shape(folder: Path) -> None:
+    data = json.loads((folder / CONFIG).read_text())
+    data["model"]["neck_dim"] = 32
+    (folder / CONFIG).write_text(json.dumps(data))
+
+
+def damage_missing_tensor(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    del weights["f_img.pos_embed"]
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_truncated, "damaged file"),
+        (damage_one_byte, "another SHA-256"),
+        (damage_text_instead, "damaged file"),
+        (damage_missing_weights, f"Expected {WEIGHTS} beside"),
+        (damage_missing_config, "found neither"),
+        (damage_broken_config, "cannot be read"),
+        (damage_foreign_config, "cannot be read"),
+        (damage_other_format, "format 1, got 99"),
+        (damage_impossible_sizes, "heads must divide embed_dim"),
+        (damage_wrong_shape, "of another shape"),
+        (damage_missing_tensor, "1 missing (such as f_img.pos_embed)"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_damaged_folder_is_refused_with_the_reason(folder: Path, damage, words: str) -> None:
+    damage(folder)
+    with pytest.raises(InputError) as refused:
+        load_checkpoint(folder)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)

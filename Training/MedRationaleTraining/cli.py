@@ -1,0 +1,228 @@
+"""medrationale-train synthesize | fit | export | evaluate | speed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve whatever else runs
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from rich.console import Console
+from rich.logging import RichHandler
+
+from MedRationaleLib.errors import InputError
+from MedRationaleTraining.config import FitConfig, check
+from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
+
+_DESCRIPTION = """Train MedRationale's models on synthetic examinations with known reasons.
+
+In this order:
+  medrationale-train synthesize --picai-labels LABELS --split train --cases 600 --seed 0 --out data/synthetic/train
+  medrationale-train synthesize --picai-labels LABELS --split val --cases 30 --seed 1 --out data/synthetic/val
+  medrationale-train synthesize --picai-labels LABELS --split test --cases 60 --seed 2 --out data/synthetic/test
+  medrationale-train fit --config Training/configs/compact.yaml
+  medrationale-train evaluate --model runs/compact/model --data data/synthetic/test --out runs/compact/test
+  medrationale-train export --run runs/compact --out MODEL --evaluation runs/compact/test/evaluation.json
+LABELS is a clone of DIAGNijmegen/picai_labels (CC BY-NC 4.0); without it the glands are procedural phantoms.
+`synthesize` and `fit` may be stopped at any moment: the same command goes on where it was."""
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of descriptions as they are."""
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all subcommands; every option of a configuration is also a key of its YAML file."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _parser(_DESCRIPTION, prog="medrationale-train")
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, (build, help) in _COMMANDS.items():
+        commands.add_subcommand(name, build(), help=help)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    console = Console()
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    command = "medrationale-train"
+    try:
+        given = build_parser().parse_args([_with_underscores(a) for a in arguments or sys.argv[1:]])
+        command = str(given.command)
+        _RUN[command](given[command], console)
+    except InputError as error:
+        return _refuse(str(error))
+    except ArgumentError as error:
+        return _refuse(str(error.message if hasattr(error, "message") else error))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nInterrupted. {_GO_ON.get(command, 'Nothing was written.')}\n")
+        return 130
+    return 0
+
+
+def _with_underscores(argument: str) -> str:
+    """Options may be written with dashes, too: --picai-labels."""
+    return re.sub(r"^--[\w.-]+", lambda match: "--" + match[0][2:].replace("-", "_"), argument)
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write("medrationale-train: " + " ".join(message.split()) + "\n")
+    return 2
+
+
+def _parser(description: str, **options: Any) -> ArgumentParser:
+    return ArgumentParser(description=description, exit_on_error=False, formatter_class=_HelpFormatter, **options)
+
+
+# ------------------------------------------------------------------ commands
+
+
+def _synthesize_parser() -> ArgumentParser:
+    parser = _parser("Make a set of synthetic examinations with their masks and reasons. Goes on where it stopped.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the set.")
+    parser.add_class_arguments(SynthesisConfig)
+    return parser
+
+
+def _synthesize(given: Namespace, console: Console) -> None:
+    out = given.pop("out")
+    given.pop("config", None)
+    config = SynthesisConfig(**given.as_dict())
+    made = make_set(out, config)
+    console.print(f"{made} examinations made, {config.cases} are in {out}")
+
+
+def _fit_parser() -> ArgumentParser:
+    parser = _parser(
+        "Train a model. With the same `out` it goes on from the last checkpoint.\n"
+        "At the end the model folder is in OUT/model, with thresholds chosen on the validation set."
+    )
+    parser.add_argument("--config", action="config", help="YAML file, such as Training/configs/compact.yaml.")
+    parser.add_class_arguments(FitConfig)
+    return parser
+
+
+def _fit_config(values: Namespace) -> FitConfig:
+    config = FitConfig.from_dict({k: v for k, v in values.as_dict().items() if k != "config"})
+    check(config)
+    return config
+
+
+def _fit(given: Namespace, console: Console) -> None:
+    config = _fit_config(given)
+    from MedRationaleTraining.export import export_run
+    from MedRationaleTraining.trainer import Trainer
+
+    Trainer(config).fit()
+    folder = export_run(Path(config.out), Path(config.out) / "model", calibrate_on=config.val)
+    console.print(f"The model is in {folder}; look at it with `medrationale-train evaluate --model {folder}`.")
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _parser(
+        "Write a model folder from a run: averaged weights in float16, concept embeddings, thresholds, model card."
+    )
+    parser.add_argument("--run", type=Path, required=True, help="Folder of the run (`out` of fit), finished or not.")
+    parser.add_argument("--out", type=Path, required=True, help="Model folder to write.")
+    parser.add_argument(
+        "--settings", type=Path | None, default=None, help="YAML file of the run, where it has no run.json."
+    )
+    parser.add_argument(
+        "--calibrate", type=str | None, default=None, help="Synthetic validation set to choose the thresholds on."
+    )
+    parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many of it.")
+    parser.add_argument(
+        "--evaluation",
+        type=Path | None,
+        default=None,
+        help="evaluation.json of these weights: its figures go into the card and its thresholds into the model.",
+    )
+    return parser
+
+
+def _export(given: Namespace, console: Console) -> None:
+    config = None
+    if given.settings is not None:
+        config = _fit_config(_fit_parser().parse_args(["--config", str(given.settings)]))
+    from MedRationaleTraining.export import export_run
+
+    folder = export_run(
+        given.run,
+        given.out,
+        config=config,
+        calibrate_on=given.calibrate,
+        cases=given.cases,
+        evaluation=given.evaluation,
+    )
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    console.print(f"The model is in {folder} ({size:.1f} MB)")
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _parser(
+        "Measure a model on a synthetic set: Dice, lesion average precision, examination AUROC and\n"
+        "concept retrieval by node, each with a 95 % bootstrap interval.\n"
+        "Writes evaluation.json and evaluation.md."
+    )
+    parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
+    parser.add_argument("--data", type=Path, required=True, help="Synthetic set, best of the test split.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the two files.")
+    parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many examinations.")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")
+    return parser
+
+
+def _evaluate(given: Namespace, console: Console) -> None:
+    from rich.markdown import Markdown
+
+    from MedRationaleTraining.evaluation import evaluate, markdown
+
+    report = evaluate(given.model, given.data, given.out, cases=given.cases, device=given.device)
+    console.print(Markdown(markdown(report)))
+    console.print(f"evaluation.json and evaluation.md are in {given.out}")
+
+
+def _speed_parser() -> ArgumentParser:
+    parser = _parser("Time the making and the loading of examples in one process; `fit` tells its own step's speed.")
+    parser.add_argument("--data", type=Path | None, default=None, help="Synthetic set to load stacks from.")
+    parser.add_argument("--examples", type=int, default=20, help="Stacks to load.")
+    parser.add_argument("--exams", type=int, default=3, help="Examinations to synthesise.")
+    return parser
+
+
+def _speed(given: Namespace, console: Console) -> None:
+    from MedRationaleTraining.speed import measure
+
+    if given.examples < 1 or given.exams < 1:
+        raise InputError(f"Expected at least 1 example and 1 exam, got {given.examples} and {given.exams}.")
+    speed = measure(given.data, given.examples, given.exams)
+    if speed.stacks is not None:
+        console.print(f"loading: {speed.stacks:.1f} stacks/s, {speed.slices:.0f} slices/s")
+    console.print(f"synthesis: {speed.exams:.2f} examinations/s, {24 * speed.exams:.0f} slices/s")
+
+
+_COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
+    "synthesize": (_synthesize_parser, "Make a synthetic set."),
+    "fit": (_fit_parser, "Train, or go on training."),
+    "export": (_export_parser, "Write a model folder from a run."),
+    "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
+    "speed": (_speed_parser, "Time synthesis and loading."),
+}
+_RUN = {"synthesize": _synthesize, "fit": _fit, "export": _export, "evaluate": _evaluate, "speed": _speed}
+_GO_ON = {
+    "synthesize": "Run the same command again to make the examinations that are missing.",
+    "fit": "Run the same command again to go on from the last checkpoint in `out`.",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

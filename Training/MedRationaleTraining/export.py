@@ -1,0 +1,165 @@
+"""From a run's state to a model folder: averaged weights, concept embeddings, thresholds, card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from MedRationaleLib import __version__
+from MedRationaleLib.concepts import ConceptBank
+from MedRationaleLib.errors import InputError
+from MedRationaleLib.files import check_writable
+from MedRationaleLib.findings import PostprocessingConfig
+from MedRationaleLib.model.checkpoint import save_checkpoint, serialized
+from MedRationaleLib.model.config import ModelConfig
+from MedRationaleLib.model.rationale_model import RationaleModel
+from MedRationaleLib.model.text_encoder import TextEncoder
+from MedRationaleTraining.calibration import calibrate
+from MedRationaleTraining.config import FitConfig
+from MedRationaleTraining.data.synthetic import describe_set
+from MedRationaleTraining.evaluation import markdown
+from MedRationaleTraining.phrases import all_phrases
+from MedRationaleTraining.trainer import RUN, STATE, read_state, store_concept_embeddings
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_OF_A_MACHINE = ("out", "train", "val", "initial", "workers", "accelerator")
+"""Settings that say nothing about the model."""
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    config: FitConfig | None = None,
+    calibrate_on: str | Path | None = None,
+    cases: int | None = None,
+    evaluation: Path | None = None,
+) -> Path:
+    """Write the model folder `out` from the run's state and return it.
+
+    Args:
+        run: folder of a `fit`, finished or not.
+        out: model folder: config.json, model.safetensors, MODEL_CARD.md.
+        config: settings of the run, where it has no run.json.
+        calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
+        evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
+    """
+    state = read_state(_existing(run / STATE))
+    about = _about(run, config)
+    settings: dict[str, Any] = about["config"]
+    check_writable(out)
+    report = _read_evaluation(evaluation) if evaluation else None
+    bank = ConceptBank.load()
+    if about["concepts"] != list(bank):
+        raise InputError(f"Expected a run with the concepts of this concept bank in {run}, got others; train anew.")
+    model = _averaged(state, ModelConfig.from_dict(settings["model"]), about["vocabulary"], bank, run)
+    postprocessing: dict[str, Any] = {}
+    training = {
+        "steps": int(state["step"]),
+        "settings": {k: v for k, v in settings.items() if k not in (*_OF_A_MACHINE, "model")},
+        "sets": about["sets"],
+        "medrationale": __version__,
+        "torch": str(torch.__version__),
+    }
+    if report is not None:
+        if report["weights_sha256"] != hashlib.sha256(serialized(model)).hexdigest():
+            raise InputError(
+                f"Expected an evaluation of the weights in {run}, got one of others in {evaluation}; "
+                "export, evaluate that folder, and export again."
+            )
+        default = asdict(PostprocessingConfig())
+        postprocessing = {k: v for k, v in report["postprocessing"].items() if default.get(k) != v}
+        training["evaluation"] = {k: report[k] for k in ("data", "metrics", "retrieval")}
+    elif calibrate_on is not None:
+        chosen = calibrate(model, calibrate_on, cases=cases)
+        postprocessing = dict(chosen.postprocessing)
+        training["calibration"] = asdict(chosen)
+    card = model_card(model, training, postprocessing, report, Path(calibrate_on).name if calibrate_on else None)
+    save_checkpoint(
+        model, out, card=card, vocabulary=about["vocabulary"], postprocessing=postprocessing, training=training
+    )
+    return out
+
+
+def model_card(
+    model: RationaleModel,
+    training: dict[str, Any],
+    postprocessing: dict[str, Any],
+    report: dict[str, Any] | None,
+    calibrated_on: str | None,
+) -> str:
+    """MODEL_CARD.md from its template."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    text = model.f_txt
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        name=model.config.name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        text_parameters=sum(p.numel() for p in text.parameters()) if text is not None else 0,
+        steps=training["steps"],
+        config=training["settings"],
+        sets=training["sets"],
+        picai=any(s["picai_labels"] or s["real_backgrounds"] for s in training["sets"]),
+        real=any(s["real_backgrounds"] for s in training["sets"]),
+        postprocessing=postprocessing,
+        calibrated_on=calibrated_on,
+        evaluation=markdown(report).replace("# ", "### ", 1).strip() if report else None,
+    )
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"Expected the folder of a training run with {path.name}, found none in {path.parent}.")
+    return path
+
+
+def _about(run: Path, config: FitConfig | None) -> dict[str, Any]:
+    """run.json; where there is none, the given settings and today's vocabulary."""
+    path = run / RUN
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if config is not None:
+        about["config"] = json.loads(json.dumps(asdict(config)))
+    if "config" not in about:
+        raise InputError(f"Expected {RUN} in {run}, found none; give the run's settings with --config.")
+    bank = ConceptBank.load()
+    phrases = [text for texts in all_phrases(bank).values() for text in texts]
+    about.setdefault("concepts", list(bank))
+    if "sets" not in about:
+        about["sets"] = [describe_set(folder) for folder in about["config"]["train"]]
+    return about | {"vocabulary": about.get("vocabulary") or TextEncoder.vocabulary_of(phrases)}
+
+
+def _averaged(
+    state: dict[str, Any], config: ModelConfig, vocabulary: list[int], bank: ConceptBank, run: Path
+) -> RationaleModel:
+    model = RationaleModel(config, list(bank))
+    model.attach_text(vocabulary)
+    try:
+        model.load_state_dict(
+            {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"Expected the state of a '{config.name}' of the given sizes in {run}, got another; "
+            "give the settings that it was trained with."
+        ) from error
+    # What inference loads is float16; the embeddings are those of the text tower as it is stored.
+    model.half().float()
+    store_concept_embeddings(model, bank)
+    return model.eval()
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        markdown(report)
+        return {**report, "weights_sha256": report["weights_sha256"], "postprocessing": report["postprocessing"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"Expected an evaluation.json by `evaluate` in {path}, got a file that cannot be used ({error})."
+        ) from error
