@@ -20,10 +20,13 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
-def phantom(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantom")
-    write_phantom(folder)
-    return Study.from_case(folder)
+def phantom_paths(tmp_path_factory):
+    return write_phantom(tmp_path_factory.mktemp("phantom"))
+
+
+@pytest.fixture(scope="module")
+def phantom(phantom_paths):
+    return Study.from_case(phantom_paths.folder)
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +111,10 @@ def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_asses
     assert_same(prostatex_assessed, predictor.assess(Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
 
 
-def test_the_phantoms_gland_and_lesion_are_found(assessed, phantom, tmp_path):
-    truth = write_phantom(tmp_path / "again")
-    zones = sitk.ReadImage(str(truth.zones))
+def test_the_phantoms_gland_and_lesion_are_found(assessed, phantom_paths):
+    zones = sitk.ReadImage(str(phantom_paths.truth / "zones.mha"))
     assert dice(assessed.gland, zones > 0) >= 0.85
-    lesion = sitk.ReadImage(str(truth.lesions)) > 0
+    lesion = sitk.ReadImage(str(phantom_paths.truth / "lesions.mha")) > 0
     assert any(dice(assessed.lesions == f.label, lesion) >= 0.3 for f in assessed.findings)
 
 

@@ -157,12 +157,12 @@ def _paint_regions(canvas: Canvas, anatomy: Anatomy, reference, nodules, cancers
         if mask is None:
             extend = float(rng.uniform(2, 5)) if kind.startswith("cancer") and rng.random() < 0.12 else 0.0
             mask = invent_shape(answers["shape"], anatomy.zones, profile.zone, canvas, extend_mm=extend)
-        elif kind.startswith("cancer"):
-            answers["shape"] = measured_shape(mask)
         clear = mask & (regions == 0)
         if clear.sum() < 40 or clear.sum() < 0.7 * mask.sum():
             continue
         mask = clear
+        if answers["shape"] in ("round_oval", "lenticular"):  # real masks, and what the zone's border left of others
+            answers["shape"] = measured_shape(mask)
         answers.update(measured_answers(mask, anatomy.zones))
         region = region_of(len(rationales) + 1, answers, _tree())
         if region.is_lesion and not kind.startswith("cancer") and rng.random() < 0.5:

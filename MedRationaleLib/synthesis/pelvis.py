@@ -159,7 +159,7 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
         by_c = cy - ry * np.clip(1 - base / 30, 0.0, 1.0) - by * 0.75 * np.clip(1 - (base - 3) / 30, 0.25, 1) + curve(1)
         put("BLADDER_WALL", cx + curve(1), by_c, (bx + thick) * full, (by + thick) * full, warp=0.25)
         put("URINE", cx, by_c, bx * full - thick, by * full - thick, warp=0.25)
-    # seminal vesicles and vas above and behind the base
+    # seminal vesicles with their ducts above and behind the base
     vesicle = np.clip((base + 7) / 5, 0, 1) * np.clip((uniform(rng, 14, 26) - base) / 5, 0, 1)
     back = frame["cy"] + frame["ry"] * np.clip(1 - (base + 6) / 18, 0.1, 0.8)
     for side in (-1, 1):

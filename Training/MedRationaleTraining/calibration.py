@@ -15,7 +15,7 @@ from MedRationaleTraining.evaluation import SPACING, predictions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
 
 _logger = logging.getLogger(__name__)
-GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(9))
+GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(12))
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
 PEAKS = tuple(round(0.10 + 0.05 * i, 2) for i in range(17))
 
@@ -79,7 +79,7 @@ def calibrate(
         lesion_score=scores,
         lesion_f1=f1,
     )
-    _logger.info("thresholds chosen on %s: %s", folder, chosen)
+    _logger.info("thresholds chosen on %s: %s", Path(folder).name, chosen.postprocessing)
     return chosen
 
 

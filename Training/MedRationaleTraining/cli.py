@@ -14,6 +14,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve whatever else runs
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -29,7 +30,8 @@ In this order:
   medrationale-train synthesize --picai-labels LABELS --split test --cases 60 --seed 2 --out data/synthetic/test
   medrationale-train fit --config Training/configs/compact.yaml
   medrationale-train evaluate --model runs/compact/model --data data/synthetic/test --out runs/compact/test
-  medrationale-train export --run runs/compact --out MODEL --evaluation runs/compact/test/evaluation.json
+  medrationale-train export --run runs/compact --out runs/compact/model \\
+      --evaluation runs/compact/test/evaluation.json
 LABELS is a clone of DIAGNijmegen/picai_labels (CC BY-NC 4.0); without it the glands are procedural phantoms.
 `synthesize` and `fit` may be stopped at any moment: the same command goes on where it was."""
 
@@ -50,13 +52,15 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    console = Console()
+    console = get_console()  # the one that progress bars use
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
+    logging.getLogger("MedRationaleLib.findings").setLevel(logging.WARNING)
     command = "medrationale-train"
+    given_arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        given = build_parser().parse_args([_with_underscores(a) for a in arguments or sys.argv[1:]])
+        given = build_parser().parse_args([_with_underscores(a) for a in given_arguments])
         command = str(given.command)
         _RUN[command](given[command], console)
     except InputError as error:

@@ -131,7 +131,7 @@ def _retrieved(
     for row, rationale in zip(similarity, answers, strict=True):
         for node, candidates, truth in targets.rows(rationale):
             best = candidates[int(row[candidates].argmax())]
-            zone = "" if node == "zone" else rationale.get("zone", "")
+            zone = "" if node in ("zone", "lesion_presence") else rationale["zone"]  # what is known when it is asked
             found.append((node, zone, concepts[truth], best == truth))
     return found
 
@@ -173,8 +173,10 @@ def evaluate(
     targets = NodeTargets(DecisionTree.load(), concepts)
     results = [assess(p, config, targets, concepts) for p in predictions(checkpoint.model, data, cases, device)]
     report = _header(checkpoint, Path(data), len(results), config) | summarise(results, config)
+    text = json.dumps(report, indent=1, allow_nan=False)
+    report = json.loads(text)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "evaluation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(out / "evaluation.json", text + "\n")
     write_text(out / "evaluation.md", markdown(report))
     return report
 

@@ -16,7 +16,7 @@ from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable
 from MedRationaleLib.findings import PostprocessingConfig
-from MedRationaleLib.model.checkpoint import save_checkpoint, serialized
+from MedRationaleLib.model.checkpoint import CONFIG, load_checkpoint, save_checkpoint, serialized
 from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
@@ -50,11 +50,13 @@ def export_run(
         calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
         evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
     """
+    report = _read_evaluation(evaluation) if evaluation else None
+    if report is not None and (out / CONFIG).exists() and load_checkpoint(out).sha256 == report["weights_sha256"]:
+        return _with_evaluation(out, report)
     state = read_state(_existing(run / STATE))
     about = _about(run, config)
     settings: dict[str, Any] = about["config"]
     check_writable(out)
-    report = _read_evaluation(evaluation) if evaluation else None
     bank = ConceptBank.load()
     if about["concepts"] != list(bank):
         raise InputError(f"Expected a run with the concepts of this concept bank in {run}, got others; train anew.")
@@ -73,9 +75,8 @@ def export_run(
                 f"Expected an evaluation of the weights in {run}, got one of others in {evaluation}; "
                 "export, evaluate that folder, and export again."
             )
-        default = asdict(PostprocessingConfig())
-        postprocessing = {k: v for k, v in report["postprocessing"].items() if default.get(k) != v}
-        training["evaluation"] = {k: report[k] for k in ("data", "metrics", "retrieval")}
+        postprocessing = _thresholds(report)
+        training["evaluation"] = _figures(report)
     elif calibrate_on is not None:
         chosen = calibrate(model, calibrate_on, cases=cases)
         postprocessing = dict(chosen.postprocessing)
@@ -85,6 +86,32 @@ def export_run(
         model, out, card=card, vocabulary=about["vocabulary"], postprocessing=postprocessing, training=training
     )
     return out
+
+
+def _with_evaluation(folder: Path, report: dict[str, Any]) -> Path:
+    """The same model with the figures in its card, whether or not its run has gone on since."""
+    checkpoint = load_checkpoint(folder, with_text=True)
+    training = checkpoint.training | {"evaluation": _figures(report)}
+    thresholds = _thresholds(report)
+    card = model_card(checkpoint.model, training, thresholds, report, None)
+    save_checkpoint(
+        checkpoint.model,
+        folder,
+        card=card,
+        vocabulary=checkpoint.vocabulary,
+        postprocessing=thresholds,
+        training=training,
+    )
+    return folder
+
+
+def _thresholds(report: dict[str, Any]) -> dict[str, Any]:
+    default = asdict(PostprocessingConfig())
+    return {k: v for k, v in report["postprocessing"].items() if default.get(k) != v}
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    return {k: report[k] for k in ("data", "metrics", "retrieval")}
 
 
 def model_card(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 with redirect_stdout(StringIO()):  # picai_eval greets on import
     from picai_eval.eval import evaluate_case
@@ -46,15 +47,17 @@ def estimate(statistic: Callable[[np.ndarray], float], cases: int, n: int, seed:
     if cases < 2:
         return Estimate(value=value, ci95=None, n=n)
     rng = np.random.default_rng(seed)
-    drawn = bootstrap(
-        (np.arange(cases),),
-        statistic,
-        n_resamples=RESAMPLES,
-        vectorized=False,
-        method="percentile",
-        random_state=rng,
-    ).bootstrap_distribution
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))  # resamples without a single example are left out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # resamples without a single example are left out below
+        drawn = bootstrap(
+            (np.arange(cases),),
+            statistic,
+            n_resamples=RESAMPLES,
+            vectorized=False,
+            method="percentile",
+            random_state=rng,
+        ).bootstrap_distribution
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return Estimate(value=value, ci95=(float(low), float(high)), n=n)
 
 

@@ -179,9 +179,8 @@ class Trainer:
             part.replace(self.out / STATE)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             part.unlink(missing_ok=True)
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"Expected room for the training state in {self.out}, got '{reason}' at step {self.step}; "
+                f"Expected room for the training state in {self.out}, got '{_first_line(error)}' at step {self.step}; "
                 "free some space or choose another `out`, and run the same command again."
             ) from error
 
@@ -313,7 +312,7 @@ class Trainer:
             terms = self.objective(self.model.module, output, stacks, self.step)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            values = {k: round(float(v), 4) for k, v in terms.items()}
+            values = {k: round(float(v.detach()), 4) for k, v in terms.items()}
             raise InputError(
                 f"Expected a finite loss, got {values} at step {self.step}; lower optimizer.lr or look at the data."
             )
@@ -351,7 +350,7 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
             f"Expected a training state in {path}, got a file that cannot be read "
-            f"({str(error).splitlines()[0]}); remove it to begin anew, or choose another `out` folder."
+            f"({_first_line(error)}); remove it to begin anew, or choose another `out` folder."
         ) from error
     if not isinstance(state, dict) or not {"model", "ema", "optimizer", "step"} <= state.keys():
         raise InputError(f"Expected a training state in {path}, got another file; choose another `out` folder.")
@@ -367,10 +366,14 @@ def _fabric(config: FitConfig) -> Fabric:
             fabric = Fabric(accelerator=config.accelerator, devices=1, precision="32-true")
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(
-            f"Expected an accelerator that is there, got '{config.accelerator}' ({str(error).splitlines()[0]}); "
+            f"Expected an accelerator that is there, got '{config.accelerator}' ({_first_line(error)}); "
             "choose accelerator: auto."
         ) from error
     return fabric
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _prepare_worker(_: int) -> None:

@@ -90,8 +90,14 @@ def _outline(gland: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return slices[[0, -1]], centres, radii
 
 
-def bend(case: RealCase, gland: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The case's arrays, bent so that its gland falls on `gland` (S, H, W) bool: zones, valid and its sequences."""
+def bend(
+    case: RealCase, gland: np.ndarray, rng: np.random.Generator, *, wobble_mm: float = 1.5
+) -> dict[str, np.ndarray]:
+    """The case's arrays, bent so that its gland falls on `gland` (S, H, W) bool: zones, valid and its sequences.
+
+    A smooth random displacement of up to `wobble_mm` comes on top, so that no two bent copies are alike; it takes the
+    Dice of the bent outline and the new one from about 0.97 down to 0.90 in small glands.
+    """
     flip = rng.random() < 0.5
 
     def oriented(array: np.ndarray) -> np.ndarray:
@@ -128,7 +134,7 @@ def bend(case: RealCase, gland: np.ndarray, rng: np.random.Generator) -> dict[st
     outside = r + change * np.exp(-np.maximum(r - outline_new, 0) / reach)
     bent = np.where((r <= outline_new) & (outline_new > 0), r * outline_old / np.maximum(outline_new, 1e-6), outside)
     scale = bent / r
-    wobble = [rng.uniform(0, 1.5) / PIXEL_MM * smooth_noise(rng, (4, 7, 7), gland.shape) for _ in range(2)]
+    wobble = [rng.uniform(0, wobble_mm) / PIXEL_MM * smooth_noise(rng, (4, 7, 7), gland.shape) for _ in range(2)]
     points = [
         np.broadcast_to(source[:, None, None], gland.shape),
         centre[:, 0, None, None] + dy * scale + wobble[0],

@@ -1,0 +1,414 @@
+"""Training from the first step to the exported model, stopped, resumed, and given what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+ABSENT = [name for name in ("lightning", "open_clip", "monai", "picai_eval", "jsonargparse") if find_spec(name) is None]
+if ABSENT:
+    pytest.skip(f"the train extra is not installed: {', '.join(ABSENT)}", allow_module_level=True)
+
+from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining.config import FitConfig, LossConfig, OptimizerConfig, SamplingConfig, check  # noqa: E402
+from MedRationaleTraining.evaluation import evaluate  # noqa: E402
+from MedRationaleTraining.export import export_run  # noqa: E402
+from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
+from training_samples import TINY, tiny_run  # noqa: E402
+
+from MedRationaleLib.errors import InputError  # noqa: E402
+from MedRationaleLib.model.checkpoint import load_checkpoint  # noqa: E402
+from MedRationaleLib.model.config import ModelConfig  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the process that is killed, for sums in another order are other numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
+    """A finished run."""
+    config = tiny_run(
+        tmp_path_factory.mktemp("runs") / "whole", tiny_set, val=str(tiny_set), validate_every=6, validation_cases=1
+    )
+    Trainer(config).fit()
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(run: FitConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_run(Path(run.out), tmp_path_factory.mktemp("models") / "tiny")
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------ going on
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from training_samples import tiny_run
+from MedRationaleTraining.trainer import Trainer
+
+class Killed(Trainer):
+    def save(self):
+        if self.step == 4:  # in the middle of writing the second checkpoint
+            (self.out / "state.ckpt.part").write_bytes(b"half a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save()
+
+Killed(tiny_run(Path(sys.argv[1]), Path(sys.argv[2]))).fit()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_run_that_was_killed_while_saving_ends_with_the_same_bits_as_one_that_was_not(
+    run: FitConfig, tiny_set: Path, tmp_path: Path
+) -> None:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "Training", ROOT / "Testing")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(tiny_set)],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert read_state(tmp_path / "killed" / STATE)["step"] == 2
+    Trainer(tiny_run(tmp_path / "killed", tiny_set)).fit()
+    assert same(read_state(tmp_path / "killed" / STATE), read_state(Path(run.out) / STATE))
+
+
+def test_a_run_that_learns_its_text_now_and_then_resumes_to_the_same_bits(tiny_set: Path, tmp_path: Path) -> None:
+    def config(name: str, **changes) -> FitConfig:
+        return tiny_run(tmp_path / name, tiny_set, steps=4, save_every=1, loss=LossConfig(text_every=3), **changes)
+
+    class Stopped(Trainer):
+        def _train_step(self, stacks):
+            if self.step == 2:
+                raise KeyboardInterrupt
+            return super()._train_step(stacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(config("stopped")).fit()
+    Trainer(config("stopped")).fit()
+    Trainer(config("whole")).fit()
+    assert same(read_state(tmp_path / "stopped" / STATE), read_state(tmp_path / "whole" / STATE))
+
+
+def test_workers_make_the_same_examples_as_the_process_itself(run: FitConfig, tiny_set: Path, tmp_path: Path) -> None:
+    Trainer(tiny_run(tmp_path / "workers", tiny_set, workers=1)).fit()
+    assert same(read_state(tmp_path / "workers" / STATE)["ema"], read_state(Path(run.out) / STATE)["ema"])
+
+
+def test_a_finished_run_is_not_trained_again_and_its_curve_has_no_row_twice(run: FitConfig) -> None:
+    before = (Path(run.out) / "val.csv").read_text()
+    with (Path(run.out) / "val.csv").open("a") as file:
+        file.write("9,0.5\n")  # logged after the checkpoint by a run that was then killed
+    Trainer(run).fit()
+    assert (Path(run.out) / "val.csv").read_text() == before
+
+
+def test_training_on_one_example_lowers_every_term(tiny_set: Path, tmp_path: Path) -> None:
+    rows = []
+
+    class Repeating(Trainer):
+        def _batches(self):
+            told = [stack for stack in map(self.dataset.__getitem__, range(12)) if len(stack.answers) > 2]
+            return iter([told[:2]] * self.config.steps)
+
+        def _train_step(self, stacks):
+            rows.append(super()._train_step(stacks))
+            return rows[-1]
+
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=5, final_lr=1.0)
+    Repeating(tiny_run(tmp_path / "run", tiny_set, steps=40, save_every=40, optimizer=optimizer)).fit()
+    for name in ("dice", "nodes", "slices"):
+        assert sum(r[name] for r in rows[-5:]) < 0.95 * sum(r[name] for r in rows[:5]), name
+
+
+# ------------------------------------------------------------------ what cannot work
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": []}, "synthetic set in train"),
+        ({"steps": 0}, "steps of at least 1"),
+        ({"batch": 0}, "batch of at least 1"),
+        ({"model": replace(TINY, heads=3)}, "heads must divide embed_dim"),
+        ({"model": replace(TINY, pixels=128)}, "model.pixels of 256"),
+        ({"model": replace(TINY, text=replace(TINY.text, kind="biomedclip"))}, "model.text.folder"),
+        ({"sampling": SamplingConfig(slices=25)}, "sampling.slices from 1 to 24"),
+        ({"sampling": SamplingConfig(move=2.0)}, "shares from 0 to 1"),
+        ({"loss": LossConfig(dice_weight=-1.0)}, "weights of 0 or more"),
+        ({"loss": LossConfig(text_every=0)}, "text_every"),
+        ({"optimizer": OptimizerConfig(lr=0.0)}, "positive optimizer.lr"),
+        ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, "optimizer.betas"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_without_data(changes: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check(replace(tiny_run(Path("nowhere"), Path("nowhere")), **changes))
+
+
+def test_the_defaults_are_compact_and_can_be_trained() -> None:
+    check(FitConfig(out="runs/x", train=["data/x"]))
+    assert FitConfig(out="runs/x", train=["data/x"]).model == ModelConfig()
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(tiny_set: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_run(tmp_path / "nan", tiny_set))
+    with torch.no_grad():
+        trainer.model.module.projection.fuse[-1].bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="finite loss") as refused:
+        trainer.fit()
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "nan" / STATE).exists()
+
+
+def test_an_empty_set_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Expected a synthetic set"):
+        Trainer(tiny_run(tmp_path / "run", tmp_path))
+
+
+def test_the_checkpoint_of_another_model_is_one_sentence(run: FitConfig) -> None:
+    with pytest.raises(InputError, match="checkpoint of the configured model"):
+        Trainer(replace(run, model=replace(TINY, neck_dim=32))).fit()
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04 torn"])
+def test_a_file_that_is_no_checkpoint_is_one_sentence(tiny_set: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATE).write_bytes(content)
+    with pytest.raises(InputError, match="Expected a training state") as refused:
+        Trainer(tiny_run(tmp_path, tiny_set)).fit()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_state(
+    run: FitConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    trainer = Trainer(run)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="Expected room"):
+        trainer.save()
+    assert read_state(Path(run.out) / STATE)["step"] == run.steps
+    assert not list(Path(run.out).glob("*.part"))
+
+
+def test_a_damaged_examination_met_by_a_worker_is_one_sentence(tiny_set: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_set / "00000", tmp_path / "set" / "00000")
+    (tmp_path / "set" / "00000" / "labels.npy").write_bytes(b"torn")
+    with pytest.raises(InputError, match="^Expected images.npy") as refused:
+        Trainer(tiny_run(tmp_path / "run", tmp_path / "set", workers=1)).fit()
+    assert "\n" not in str(refused.value)
+
+
+def test_an_accelerator_that_is_not_there_is_one_sentence(tiny_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="accelerator"):
+        Trainer(tiny_run(tmp_path / "run", tiny_set, accelerator="nonesuch"))
+
+
+# ------------------------------------------------------------------ export and evaluation
+
+
+def test_the_exported_model_has_the_averaged_weights_and_the_embeddings_of_its_text_tower(
+    run: FitConfig, model: Path
+) -> None:
+    averaged = read_state(Path(run.out) / STATE)["ema"]
+    loaded = load_checkpoint(model, with_text=True)
+    for name, tensor in loaded.model.state_dict().items():
+        if name != "concept_embeddings":
+            assert torch.equal(tensor, averaged[f"module.{name}"].half().float()), name
+    assert torch.allclose(
+        loaded.model.concept_embeddings.norm(dim=1), torch.ones(len(loaded.model.concepts)), atol=1e-2
+    )
+    assert loaded.training["steps"] == run.steps
+
+
+def test_the_model_folder_says_nothing_about_the_machine(run: FitConfig, model: Path) -> None:
+    text = (model / "config.json").read_text() + (model / "MODEL_CARD.md").read_text()
+    assert str(Path(run.out).parent) not in text
+    assert str(Path(run.train[0]).parent) not in text
+
+
+def test_the_card_of_phantoms_claims_no_foreign_licence_and_says_what_it_is_not_for(model: Path) -> None:
+    card = (model / "MODEL_CARD.md").read_text()
+    for words in ("not for diagnosis", "trained on synthetic images", "6 steps of 2 stacks", "Not evaluated yet"):
+        assert words in card
+    assert "CC BY-NC" not in card
+
+
+def test_the_card_of_a_model_on_picai_shapes_carries_their_licence_and_citations(
+    run: FitConfig, model: Path, tmp_path: Path
+) -> None:
+    from MedRationaleTraining.export import model_card
+
+    loaded = load_checkpoint(model, with_text=True)
+    training = json.loads(json.dumps(loaded.training))
+    training["sets"][0] |= {"picai_labels": True, "real_backgrounds": True}
+    card = model_card(loaded.model, training, {"lesion_peak": 0.4}, None, "val")
+    for words in (
+        "CC BY-NC 4.0",
+        "Saha",
+        "2024",
+        "Pooch et al. 2025",
+        "PROSTATEx (CC BY 3.0)",
+        "Prostate-3T",
+        "peak 0.4",
+    ):
+        assert words in card
+
+
+def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_the_card(
+    run: FitConfig, model: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    report = evaluate(model, tiny_set, tmp_path / "result")
+    assert report == json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    assert set(report["metrics"]) == {
+        *("dice_gland", "dice_pz", "dice_tz", "dice_lesion", "dice_lesion_smoothed"),
+        *("lesion_ap", "case_auroc", "lesion_sensitivity", "false_candidates_per_case"),
+    }
+    for unit in ("regions", "slices"):
+        row = report["retrieval"][unit]["lesion_presence"]
+        assert row["n"] > 3 and 0 < row["majority"] <= 1 and 0 <= row["ci95"][0] <= row["value"] <= row["ci95"][1] <= 1
+    assert report["data"] == {"name": "tiny", "split": "train", "seed": 5, "examinations": 3}
+    assert "gland Dice" in (tmp_path / "result" / "evaluation.md").read_text()
+    # The model keeps its weights; card and configuration get the figures.
+    before = load_checkpoint(model).sha256
+    export_run(Path(run.out), model, evaluation=tmp_path / "result" / "evaluation.json")
+    assert load_checkpoint(model).sha256 == before
+    assert "gland Dice" in (model / "MODEL_CARD.md").read_text()
+    assert "metrics" in load_checkpoint(model).training["evaluation"]
+
+
+def test_figures_of_other_weights_do_not_get_into_a_card(run: FitConfig, tmp_path: Path) -> None:
+    report = {
+        "model": "x", "weights_sha256": "0" * 64, "postprocessing": {}, "metrics": {},
+        "data": {"examinations": 1, "split": "test"}, "retrieval": {"regions": {}, "slices": {}},
+    }  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="one of others"):
+        export_run(Path(run.out), tmp_path / "model", evaluation=tmp_path / "evaluation.json")
+    assert not (tmp_path / "model").exists()
+
+
+def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
+    run: FitConfig, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from MedRationaleLib.findings import PostprocessingConfig
+
+    monkeypatch.setattr("MedRationaleTraining.calibration.GLAND", (0.4, 0.5))
+    monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.25, 0.4))
+    folder = export_run(Path(run.out), tmp_path / "model", calibrate_on=tiny_set)
+    stored = load_checkpoint(folder).postprocessing
+    assert set(stored) == {"gland_threshold", "lesion_peak", "lesion_floor"}
+    assert PostprocessingConfig(**stored).lesion_peak >= stored["lesion_floor"]
+
+
+def test_a_run_without_a_description_is_exported_with_its_settings(
+    run: FitConfig, tiny_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / STATE).write_bytes((Path(run.out) / STATE).read_bytes())
+    with pytest.raises(InputError, match=r"run\.json"):
+        export_run(tmp_path, tmp_path / "model")
+    export_run(tmp_path, tmp_path / "model", config=run)
+    with pytest.raises(InputError, match="another"):
+        export_run(tmp_path, tmp_path / "other", config=replace(run, model=replace(TINY, neck_dim=32)))
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_fit_from_a_yaml_file_ends_with_a_model_folder(tiny_set: Path, tmp_path: Path, capsys) -> None:
+    import yaml
+
+    config = json.loads(json.dumps(asdict(tiny_run(tmp_path / "run", tiny_set, steps=2))))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--save-every", "1"]) == 0
+    assert "The model is in" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "model").model.config == TINY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--out", "x", "--train", "[nowhere]", "--steps", "many"], "steps"),
+        (["fit", "--out", "x", "--train", "[nowhere]", "--nonsense", "1"], "nonsense"),
+        (["fit", "--out", "x", "--train", "[nowhere]"], "Expected a synthetic set in nowhere"),
+        (["evaluate", "--data", "nowhere", "--out", "x"], "Expected a synthetic set in nowhere"),
+        (["export", "--run", "nowhere", "--out", "x"], "Expected the folder of a training run"),
+        (["synthesize", "--out", "x", "--split", "some"], "split"),
+        (["speed", "--examples", "0"], "at least 1 example"),
+        ([], "command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("medrationale-train: ") and words in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(tiny_set: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("MedRationaleTraining.cli.make_set", interrupt)
+    assert main(["synthesize", "--out", str(tmp_path / "x")]) == 130
+    assert "same command again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["synthesize"], ["fit"], ["export"], ["evaluate"], ["speed"]])
+def test_help_teaches(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "usage: medrationale-train" in text
+    if command == ["fit"]:
+        assert "Learning rate after warm-up" in text
+
+
+def test_the_shipped_configuration_is_compact_and_valid() -> None:
+    from MedRationaleTraining.cli import _fit_config, _fit_parser
+
+    given = _fit_parser().parse_args(["--config", str(ROOT / "Training" / "configs" / "compact.yaml")])
+    config = _fit_config(given)
+    assert config.model == ModelConfig()
+    assert (config.batch, config.sampling.slices, config.optimizer) == (2, 8, OptimizerConfig())
