@@ -233,9 +233,11 @@ class Predictor:
         """One crop through the network, together with its mirror image (left-right), whose answer is averaged in."""
         import torch
 
+        from MedRationaleLib.model.precision import autocast
+
         images = torch.from_numpy(given.images)
         pair = torch.stack([images, images.flip(-1)]).to(self.device)
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=_has_bf16(self.device)):
+        with torch.inference_mode(), autocast(self.device):
             output = self.model(pair)
         concepts = self.model.concept_embeddings
         straight, mirrored = (output.similarity(i, concepts) for i in (0, 1))
@@ -371,12 +373,3 @@ def _other_crops(study: Study, spec: CropSpec, first: Grid) -> list[list[float]]
     middle = (np.array(first.size) - 1) / 2
     offsets = itertools.product(*(np.arange(-n, n + 1) / 2 for n in steps))
     return [first.index_to_point(middle + np.array(o) * first.size).tolist() for o in offsets if any(o)]
-
-
-def _has_bf16(device: str) -> bool:
-    """Whether the device computes in bfloat16 faster than in float32 (on a CPU without it, bf16 is far slower)."""
-    import torch
-
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return device == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -13,8 +13,9 @@ from MedRationaleLib.findings import LesionMeasurement
 class LesionAnswers:
     """Answers the tree's questions for one lesion (an Answer for DecisionTree.walk) and keeps each step.
 
-    Signal, shape, margin and the like are retrieved; zone, size and extension are measured on the mask. Where a
-    question is answered both ways and the two disagree, the mask's answer stands and the contradiction is kept (Appendix E).
+    Signal, shape, margin and the like are retrieved; zone, size and extension are measured on the mask. Where
+    a question is answered both ways and the two disagree, the mask's answer stands and the contradiction is kept
+    (paper, Appendix E).
     """
 
     def __init__(

@@ -76,7 +76,15 @@ def resampled(image):
     direction = np.array(image.GetDirection()).reshape(3, 3)
     origin = np.array(image.GetOrigin()) + direction @ np.array(shift)
     return sitk.Resample(
-        image, size, sitk.Transform(), sitk.sitkLinear, origin.tolist(), spacing, image.GetDirection(), 0.0, image.GetPixelID()
+        image,
+        size,
+        sitk.Transform(),
+        sitk.sitkLinear,
+        origin.tolist(),
+        spacing,
+        image.GetDirection(),
+        0.0,
+        image.GetPixelID(),
     )
 
 

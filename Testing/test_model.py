@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import training_samples
 
 torch = pytest.importorskip("torch")
 
@@ -19,30 +20,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from MedRationaleLib.concepts import ConceptBank  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint  # noqa: E402
-from MedRationaleLib.model.config import ModelConfig, TextConfig, compact, medsam_biomedclip  # noqa: E402
+from MedRationaleLib.model.config import compact, medsam_biomedclip  # noqa: E402
 from MedRationaleLib.model.image_encoder import AxialMixer  # noqa: E402
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
 from MedRationaleLib.model.torchvision_guard import sam_modeling  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ModelConfig(
-    name="tiny",
-    pixels=64,
-    embed_dim=16,
-    depth=2,
-    heads=2,
-    window=2,
-    global_attention=(1,),
-    neck_dim=16,
-    axial_dim=4,
-    decoder_depth=1,
-    decoder_heads=2,
-    decoder_mlp=16,
-    detail_dim=4,
-    shared_dim=8,
-    text=TextConfig(width=16, layers=1, heads=2),
-)
+TINY = replace(training_samples.TINY, pixels=64, window=2)
 
 
 def needs(*names: str) -> None:

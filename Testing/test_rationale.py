@@ -24,26 +24,26 @@ CANCER = {
 
 
 def similarity(**changes):
-    return {concept: 0.0 for concept in TREE.bank} | CANCER | changes
+    return dict.fromkeys(TREE.bank, 0.0) | CANCER | changes
 
 
 def lesion(**changes):
-    values = dict(
-        label=1,
-        zone="PZ",
-        zone_fraction=0.9,
-        in_gland_fraction=1.0,
-        axial_mm=9.0,
-        greatest_mm=10.0,
-        size_mm=9.0,
-        size_plane="axial",
-        volume_ml=0.4,
-        center_mm=(0.0, 0.0, 0.0),
-        likelihood=0.8,
-        sector=Sector(side="left", zone="PZ", part="posterolateral", level="mid"),
-        sectors=(),
-        extension=Extension(extent_mm=0.0, volume_ml=0.0, present=False),
-    )
+    values = {
+        "label": 1,
+        "zone": "PZ",
+        "zone_fraction": 0.9,
+        "in_gland_fraction": 1.0,
+        "axial_mm": 9.0,
+        "greatest_mm": 10.0,
+        "size_mm": 9.0,
+        "size_plane": "axial",
+        "volume_ml": 0.4,
+        "center_mm": (0.0, 0.0, 0.0),
+        "likelihood": 0.8,
+        "sector": Sector(side="left", zone="PZ", part="posterolateral", level="mid"),
+        "sectors": (),
+        "extension": Extension(extent_mm=0.0, volume_ml=0.0, present=False),
+    }
     return LesionMeasurement(**(values | changes))
 
 

@@ -1,4 +1,4 @@
-"""medrationale-train synthesize | fit | export | evaluate | speed."""
+"""medrationale-train synthesize | fit | export | evaluate | score | speed."""
 
 from __future__ import annotations
 
@@ -196,6 +196,25 @@ def _evaluate(given: Namespace, console: Console) -> None:
     console.print(f"evaluation.json and evaluation.md are in {given.out}")
 
 
+def _score_parser() -> ArgumentParser:
+    parser = _parser(
+        "Compare a model with an expert's masks of real examinations: volume Dice of gland, PZ and TZ, lesions found.\n"
+        "A case is a folder with t2w, adc and dwi and gland.nii.gz, zones.nii.gz (1 PZ, 2 TZ), lesion.nii.gz."
+    )
+    parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
+    parser.add_argument("--cases", type=list[Path], required=True, help="Folders, as [one,two].")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for real_cases.json.")
+    return parser
+
+
+def _score(given: Namespace, console: Console) -> None:
+    from MedRationaleTraining.real_cases import score_cases, table, write_scores
+
+    scores = score_cases(given.model, list(given.cases))
+    write_scores(scores, given.out)
+    console.print(table(scores))
+
+
 def _speed_parser() -> ArgumentParser:
     parser = _parser("Time the making and the loading of examples in one process; `fit` tells its own step's speed.")
     parser.add_argument("--data", type=Path | None, default=None, help="Synthetic set to load stacks from.")
@@ -220,9 +239,17 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
     "fit": (_fit_parser, "Train, or go on training."),
     "export": (_export_parser, "Write a model folder from a run."),
     "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
+    "score": (_score_parser, "Compare a model with an expert's masks of real examinations."),
     "speed": (_speed_parser, "Time synthesis and loading."),
 }
-_RUN = {"synthesize": _synthesize, "fit": _fit, "export": _export, "evaluate": _evaluate, "speed": _speed}
+_RUN = {
+    "synthesize": _synthesize,
+    "fit": _fit,
+    "export": _export,
+    "evaluate": _evaluate,
+    "score": _score,
+    "speed": _speed,
+}
 _GO_ON = {
     "synthesize": "Run the same command again to make the examinations that are missing.",
     "fit": "Run the same command again to go on from the last checkpoint in `out`.",

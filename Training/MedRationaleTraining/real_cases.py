@@ -1,0 +1,109 @@
+"""A model against expert masks of real examinations: folders as `predict --case` reads them, with masks beside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from rich.progress import track
+from rich.table import Table
+
+from MedRationaleLib.assessment import Assessment
+from MedRationaleLib.errors import InputError
+from MedRationaleLib.files import write_text
+from MedRationaleLib.inference import Predictor
+from MedRationaleLib.study import Study
+from MedRationaleTraining.metrics import dice
+
+MASKS = ("gland", "zones", "lesion")
+OVERLAP = 0.1
+"""A finding hits an expert's lesion from this Dice on, as in picai_eval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScore:
+    """One examination; None where the expert's mask is missing."""
+
+    case: str
+    missing: tuple[str, ...]
+    """Sequences that the examination lacks."""
+    gland: float | None
+    """Volume Dice."""
+    pz: float | None
+    tz: float | None
+    lesions: int | None
+    """Connected lesions of the expert."""
+    lesions_found: int | None
+    findings: int
+    best_lesion_dice: float | None
+    """Of the finding that overlaps an expert's lesion most."""
+    hits: tuple[str, ...]
+    """Of each finding that hits a lesion: id, zone, PI-RADS."""
+
+
+def score_cases(model: str, folders: list[Path]) -> list[CaseScore]:
+    """Assess every folder (t2w, adc, dwi; gland, zones 1 PZ 2 TZ, lesion as .nii.gz) and compare."""
+    for folder in folders:
+        if not any((folder / f"{name}.nii.gz").exists() for name in MASKS):
+            raise InputError(
+                f"Expected gland.nii.gz, zones.nii.gz or lesion.nii.gz in {folder}, found none; add an expert's masks."
+            )
+    predictor = Predictor.load(model)
+    return [_score(predictor.assess(Study.from_case(f)), f) for f in track(folders, "Assessing")]
+
+
+def _score(assessment: Assessment, folder: Path) -> CaseScore:
+    masks = {name: _mask(folder / f"{name}.nii.gz", assessment.gland) for name in MASKS}
+    gland, zones, lesion = (masks[name] for name in MASKS)
+    found = sitk.GetArrayFromImage(assessment.lesions)
+    pieces = []
+    if lesion is not None:
+        labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray((lesion > 0).astype(np.uint8))))
+        pieces = [labels == label for label in range(1, int(labels.max()) + 1)]
+    overlaps = {f: [dice(found == f.label, piece) for piece in pieces] for f in assessment.findings} if pieces else {}
+
+    def against(image: sitk.Image, truth: np.ndarray | None) -> float | None:
+        return None if truth is None else round(dice(sitk.GetArrayFromImage(image) > 0, truth), 4)
+
+    return CaseScore(
+        case=folder.name,
+        missing=assessment.study.missing,
+        gland=against(assessment.gland, None if gland is None else gland > 0),
+        pz=against(assessment.pz, None if zones is None else zones == 1),
+        tz=against(assessment.tz, None if zones is None else zones == 2),
+        lesions=None if lesion is None else len(pieces),
+        lesions_found=None
+        if lesion is None
+        else sum(any(o[i] >= OVERLAP for o in overlaps.values()) for i in range(len(pieces))),
+        findings=len(assessment.findings),
+        best_lesion_dice=round(max((max(o) for o in overlaps.values()), default=0.0), 4) if pieces else None,
+        hits=tuple(f"{f.id} {f.zone} PI-RADS {f.pirads}" for f, o in overlaps.items() if max(o) >= OVERLAP),
+    )
+
+
+def _mask(path: Path, reference: sitk.Image) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    image = sitk.ReadImage(str(path), sitk.sitkUInt8)
+    return sitk.GetArrayFromImage(sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor))
+
+
+def write_scores(scores: list[CaseScore], out: Path) -> None:
+    """real_cases.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "real_cases.json", json.dumps([asdict(s) for s in scores], indent=1))
+
+
+def table(scores: list[CaseScore]) -> Table:
+    """One row a case."""
+    result = Table("case", "missing", "gland", "PZ", "TZ", "lesions found", "findings", "lesion Dice", "hits")
+    for s in scores:
+        figures = ["-" if v is None else f"{v:.3f}" for v in (s.gland, s.pz, s.tz)]
+        found = "-" if s.lesions is None else f"{s.lesions_found} of {s.lesions}"
+        best = "-" if s.best_lesion_dice is None else f"{s.best_lesion_dice:.3f}"
+        missing = ", ".join(s.missing) or "-"
+        result.add_row(s.case, missing, *figures, found, str(s.findings), best, "; ".join(s.hits) or "-")
+    return result
