@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from MedRationaleTraining.config import SamplingConfig  # noqa: E402
 from MedRationaleTraining.data import synthetic  # noqa: E402
 from MedRationaleTraining.data.label_maps import EXCLUDED, PicaiLabels, open_label_maps, split_of  # noqa: E402
-from MedRationaleTraining.data.real_backgrounds import RealBackgrounds, bend, load_case  # noqa: E402
+from MedRationaleTraining.data.real_backgrounds import RealBackgrounds, bend, load_case, outlined_zones  # noqa: E402
 from MedRationaleTraining.data.stacks import StackDataset, slice_answers, whole_exam  # noqa: E402
 from MedRationaleTraining.data.synthetic import StoredExam, SynthesisConfig, make_set, stored_exams  # noqa: E402
 from MedRationaleTraining.metrics import dice  # noqa: E402
@@ -240,3 +240,28 @@ def test_the_settings_of_a_set_are_beside_it(tiny_set: Path) -> None:
     assert json.loads((tiny_set / "config.json").read_text())["seed"] == 5
     about = synthetic.describe_set(tiny_set)
     assert about["examinations"] == 3 and not about["picai_labels"]
+
+
+def test_a_volume_of_the_outlines_needs_no_masks(tmp_path: Path) -> None:
+    t2w = sitk.GetImageFromArray(np.random.default_rng(0).random((19, 384, 384), np.float32))
+    t2w.SetSpacing((0.5, 0.5, 3.0))
+    folder = tmp_path / "prostate3t-03-0001"
+    folder.mkdir()
+    sitk.WriteImage(t2w, str(folder / "t2w.nii.gz"))
+    case = load_case(folder)
+    assert case.outlined and {1, 2} <= set(np.unique(case.zones))
+    assert 20 < (case.zones > 0).sum() * 0.75**2 * 3 / 1000 < 90  # ml
+    zones = sitk.GetArrayFromImage(outlined_zones(folder.name, t2w))
+    assert np.flatnonzero(zones.any((1, 2))).tolist() == list(range(3, 15))
+
+
+def test_the_interior_of_an_outlined_gland_is_never_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "prostate3t-03-0001"
+    folder.mkdir()
+    t2w = sitk.GetImageFromArray(np.random.default_rng(0).random((19, 384, 384), np.float32))
+    t2w.SetSpacing((0.5, 0.5, 3.0))
+    sitk.WriteImage(t2w, str(folder / "t2w.nii.gz"))
+    draw = RealBackgrounds(tmp_path, share=1.0, keep_gland=0.5)
+    rng = np.random.default_rng(1)
+    drawn = [draw(phantom_anatomy(rng), rng) for _ in range(8)]
+    assert any(d is not None for d in drawn) and not any(d.keep_gland for d in drawn if d is not None)

@@ -7,10 +7,13 @@ gland's outline falls on the new one, and the displacement fades away from it, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+import yaml
 from scipy.ndimage import gaussian_filter1d, map_coordinates
 
 from MedRationaleLib.errors import InputError
@@ -34,16 +37,47 @@ class RealCase:
     adc: np.ndarray | None
     dwi: np.ndarray | None
     valid: np.ndarray
+    outlined: bool
+    """Zones are the rough ellipses of outlines.yaml, so that the interior must not be shown with them."""
+
+
+@lru_cache(maxsize=1)
+def _outlines() -> dict[str, dict[int, list[float]]]:
+    return yaml.safe_load(resources.files(__package__).joinpath("outlines.yaml").read_text(encoding="utf-8"))
+
+
+def outlined_zones(name: str, t2w: sitk.Image) -> sitk.Image:
+    """Zones (1 PZ, 2 TZ) drawn from outlines.yaml on the grid of a volume that has no masks; uint8."""
+    rows = _outlines()[name]
+    width, height, depth = t2w.GetSize()
+    y, x = np.mgrid[:height, :width]
+    zones = np.zeros((depth, height, width), np.uint8)
+    for index in range(min(rows), max(rows) + 1):
+        values = [np.interp(index, list(rows), [row[k] for row in rows.values()]) for k in range(8)]
+        gland, tz = (
+            (np.abs(x - cx) / rx) ** 2.3 + (np.abs(y - cy) / ry) ** 2.3 < 1
+            for cx, cy, rx, ry in (values[:4], values[4:])
+        )
+        zones[index] = np.where(gland, np.where(tz, 2, 1), 0)
+    image = sitk.GetImageFromArray(zones)
+    image.CopyInformation(t2w)
+    return image
 
 
 def load_case(folder: Path) -> RealCase:
-    """Read a folder with zones.nii.gz (1 PZ, 2 TZ) and t2w.nii.gz and/or adc.nii.gz with dwi.nii.gz."""
+    """Read a folder with zones.nii.gz (1 PZ, 2 TZ) and t2w.nii.gz and/or adc.nii.gz with dwi.nii.gz.
+
+    The volumes of outlines.yaml need no zones.nii.gz.
+    """
 
     def read(name: str) -> sitk.Image | None:
         path = folder / (name + _SUFFIX)
         return sitk.ReadImage(str(path), sitk.sitkFloat32) if path.exists() else None
 
     zones, t2w, adc, dwi = (read(n) for n in ("zones", "t2w", "adc", "dwi"))
+    outlined = zones is None and t2w is not None and folder.name in _outlines()
+    if outlined:
+        zones = outlined_zones(folder.name, t2w)
     if zones is None or (t2w is None and (adc is None or dwi is None)):
         raise InputError(
             f"Expected zones{_SUFFIX} with t2w{_SUFFIX}, or with adc{_SUFFIX} and dwi{_SUFFIX}, in {folder}; add them."
@@ -66,7 +100,9 @@ def load_case(folder: Path) -> RealCase:
     if adc_array is not None and dwi_array is not None:
         adc_array = adc_array / 1000
         dwi_array = dwi_array / np.median(dwi_array[labels > 0])
-    return RealCase(name=folder.name, zones=labels, t2w=t2w_array, adc=adc_array, dwi=dwi_array, valid=valid)
+    return RealCase(
+        name=folder.name, zones=labels, t2w=t2w_array, adc=adc_array, dwi=dwi_array, valid=valid, outlined=outlined
+    )
 
 
 def _outline(gland: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,7 +190,9 @@ class RealBackgrounds:
 
     def __init__(self, folder: str | Path, *, share: float = 0.6, keep_gland: float = 0.3) -> None:
         """`share`: how often a background is real; `keep_gland`: how often the real gland's interior stays, too."""
-        folders = sorted(p.parent for p in Path(folder).glob("*/zones" + _SUFFIX))
+        with_zones = {p.parent for p in Path(folder).glob("*/zones" + _SUFFIX)}
+        outlined = {p.parent for p in Path(folder).glob("*/t2w" + _SUFFIX) if p.parent.name in _outlines()}
+        folders = sorted(with_zones | outlined)
         if not folders:
             raise InputError(f"Expected folders with zones{_SUFFIX} in {folder}, found none; give such a folder.")
         cases = [load_case(f) for f in folders]
@@ -167,9 +205,11 @@ class RealBackgrounds:
         """None for a procedural pelvis."""
         if not anatomy.gland.any() or rng.random() > self._share:
             return None
-        t2w = self._draw(self._t2w, anatomy, rng) if rng.random() < 0.85 else {}
+        keep = bool(rng.random() < self._keep)
+        candidates = [c for c in self._t2w if not (keep and c.outlined)]
+        t2w = self._draw(candidates, anatomy, rng) if rng.random() < 0.85 else {}
         diffusion = self._draw(self._diffusion, anatomy, rng) if rng.random() < 0.7 or not t2w else {}
-        keep = bool(rng.random() < self._keep) and bool(t2w) != bool(diffusion)
+        keep = keep and bool(t2w) != bool(diffusion)
         first = t2w or diffusion
         if not first:
             return None
