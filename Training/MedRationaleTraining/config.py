@@ -43,6 +43,8 @@ class LossConfig:
     """(paper, Eq. 2: the two terms are added as they are)."""
     dice_weight: float = 1.0
     """(paper, Eq. 2)."""
+    lesion_weight: float = 1.0
+    """Of the lesion against the three anatomical classes, in both terms."""
     node_weight: float = 0.3
     """InfoNCE of a region against the candidate concepts of each node."""
     slice_weight: float = 0.1

@@ -25,11 +25,9 @@ from MedRationaleTraining.config import FitConfig
 from MedRationaleTraining.data.synthetic import describe_set
 from MedRationaleTraining.evaluation import markdown
 from MedRationaleTraining.phrases import all_phrases
-from MedRationaleTraining.trainer import RUN, STATE, read_state, store_concept_embeddings
+from MedRationaleTraining.trainer import OF_A_MACHINE, RUN, STATE, read_state, store_concept_embeddings
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
-_OF_A_MACHINE = ("out", "train", "val", "initial", "workers", "accelerator")
-"""Settings that say nothing about the model."""
 
 
 def export_run(
@@ -64,8 +62,9 @@ def export_run(
     postprocessing: dict[str, Any] = {}
     training = {
         "steps": int(state["step"]),
-        "settings": {k: v for k, v in settings.items() if k not in (*_OF_A_MACHINE, "model")},
+        "settings": {k: v for k, v in settings.items() if k not in (*OF_A_MACHINE, "train", "initial", "model")},
         "sets": about["sets"],
+        "history": about.get("history", []),
         "medrationale": __version__,
         "torch": str(torch.__version__),
     }
@@ -131,6 +130,7 @@ def model_card(
         steps=training["steps"],
         config=training["settings"],
         sets=training["sets"],
+        history=training.get("history", []),
         picai=any(s["picai_labels"] or s["real_backgrounds"] for s in training["sets"]),
         real=any(s["real_backgrounds"] for s in training["sets"]),
         postprocessing=postprocessing,

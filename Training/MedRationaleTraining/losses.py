@@ -9,6 +9,7 @@ from monai.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
 
 from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.model.config import CLASSES
 from MedRationaleTraining.config import LossConfig
 
 
@@ -18,8 +19,9 @@ class SegmentationLoss(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self._config = config
-        self._dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)
-        self._focal = FocalLoss(alpha=config.focal_alpha, gamma=config.focal_gamma)
+        weight = [config.lesion_weight if name == "lesion" else 1.0 for name in CLASSES]
+        self._dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0, weight=weight)
+        self._focal = FocalLoss(alpha=config.focal_alpha, gamma=config.focal_gamma, weight=weight)
 
     def forward(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """(N, classes, h, w) logits and masks in [0, 1] -> weighted Dice and focal terms."""

@@ -45,6 +45,10 @@ SPEED_AFTER = 50
 """Steps after which the loader's speed is told."""
 
 
+OF_A_MACHINE = ("out", "workers", "save_every", "validate_every", "validation_cases", "val", "accelerator")
+"""Settings that say nothing about the weights."""
+
+
 class Objective:
     """All terms of Eq. 2 for one batch."""
 
@@ -93,6 +97,22 @@ class Objective:
             both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
             terms["rationales"] = self._config.rationale_weight * both / 2
         return terms
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Dotted name -> [before, now] of every setting that differs."""
+    changes: dict[str, list[Any]] = {}
+    for name, value in now.items():
+        if not prefix and name in OF_A_MACHINE:
+            continue
+        old = before.get(name)
+        if name == "train":  # sets go by their names, wherever they lie
+            old, value = ([Path(folder).name for folder in folders or []] for folders in (old, value))
+        if isinstance(value, dict):
+            changes |= _changes(old if isinstance(old, dict) else {}, value, f"{prefix}{name}.")
+        elif old != value:
+            changes[prefix + name] = [old, value]
+    return changes
 
 
 def _pool(output: ModelOutput, stacks: list[Stack]) -> Tensor:
@@ -222,11 +242,12 @@ class Trainer:
             "sets": [describe_set(folder) for folder in self.config.train],
         }
         if path.exists() and self.step:
-            before = json.loads(path.read_text()).get("config", {})
-            places = ("out", "workers", "save_every", "validate_every", "validation_cases", "val", "accelerator")
-            changed = [k for k, v in now["config"].items() if k not in places and before.get(k) != v]
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            changed = _changes(earlier.get("config", {}), now["config"])
+            now["history"] = earlier.get("history", [])
             if changed:
-                _logger.warning("going on with other settings than the run began with: %s", ", ".join(changed))
+                _logger.warning("going on with other settings than before: %s", ", ".join(changed))
+                now["history"].append({"step": self.step, "changed": changed})
         write_text(path, json.dumps(now, indent=1) + "\n")
 
     # ------------------------------------------------------------ loop
