@@ -56,7 +56,7 @@ class Finding:
     id: str
     """"lesion-1", "lesion-2", ... with the most suspicious first; also the segment id."""
     label: int
-    """Value of this lesion in Assessment.lesions."""
+    """Value of this lesion in Assessment.lesions and the number in its id; its segment in files goes by the id."""
     zone: Literal["PZ", "TZ"]
     sector: str
     """PI-RADS sector in words, for instance "right peripheral zone posterolateral mid gland"."""

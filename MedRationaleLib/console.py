@@ -49,11 +49,13 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
 
     if is_synthetic(assessment):
         say("Synthetic images: a computer drew them, no patient was imaged.", "bold")
+    for note in dict.fromkeys((*assessment.study.warnings, *assessment.warnings)):
+        say(f"Warning: {note}", "yellow")
     if assessment.findings:
         table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0))
         for name in ("Lesion", "Zone", "Sector"):
             table.add_column(name)
-        for name in ("Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood"):
+        for name in ("Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood*"):
             table.add_column(name, justify="right")
         for finding in assessment.findings:
             scores = ("-" if s is None else str(s) for s in (finding.t2w_score, finding.dwi_score))
@@ -63,12 +65,12 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
         console.print(table)
     else:
         say("No suspicious lesion was found.", "bold")
+    if assessment.findings:
+        say("* not calibrated", "dim")
     volumes = assessment.volumes_ml
     zones = ", ".join(f"{name.upper()} {volumes[name]:.1f}" for name in ("pz", "tz") if name in volumes)
     ellipsoid = f"; ellipsoid formula {volumes['ellipsoid']:.1f} ml" if "ellipsoid" in volumes else ""
     say(f"Gland {volumes.get('gland', 0.0):.1f} ml ({zones}){ellipsoid}")
-    for note in dict.fromkeys((*assessment.study.warnings, *assessment.warnings)):
-        say(f"Warning: {note}", "yellow")
     for note in weakened_answers(assessment):
         say(f"Weaker: {note}", "yellow")
     for finding in assessment.findings:
@@ -79,15 +81,17 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
 
 
 def weakened_answers(assessment: Assessment) -> Iterator[str]:
-    """For each finding and set of missing sequences, the questions whose answers rest on them."""
+    """For each set of missing sequences, the questions whose answers rest on them and the findings concerned."""
+    nodes: dict[tuple[str, ...], dict[str, None]] = {}
+    concerned: dict[tuple[str, ...], dict[str, None]] = {}
     for finding in assessment.findings:
-        nodes: dict[tuple[str, ...], list[str]] = {}
         for step in finding.rationale:
             if step.weakened_by:
-                nodes.setdefault(step.weakened_by, []).append(_in_words(step.node))
-        for missing, names in nodes.items():
-            without = " and ".join(map(_in_words, missing))
-            yield f"{finding.id}: {', '.join(names)} (without {without})"
+                nodes.setdefault(step.weakened_by, {})[_in_words(step.node)] = None
+                concerned.setdefault(step.weakened_by, {})[finding.id] = None
+    for missing, names in nodes.items():
+        without = " and ".join(map(_in_words, missing))
+        yield f"{', '.join(concerned[missing])}: {', '.join(names)} (without {without})"
 
 
 class Stages:

@@ -44,7 +44,7 @@ Retrieval = Literal["lesion", "slice"]
 CLASSES = ("gland", "pz", "tz", "lesion")
 RECENTRE_MM = (10.0, 10.0, 9.0)
 """A gland whose centre lies further than this from the crop's (x, y, z) is looked at again, in a crop around it."""
-FOUND_ML = 3.0
+FOUND_ML = 10.0
 """Less gland than this in the first crop, and the rest of the field of view is searched."""
 logger = logging.getLogger(__name__)
 
@@ -183,8 +183,8 @@ class Predictor:
             gland=masks.gland,
             pz=masks.pz,
             tz=masks.tz,
-            lesions=masks.lesions,
-            findings=tuple(findings),
+            lesions=sitk.ChangeLabel(masks.lesions, changeMap={f.label: i for i, f in enumerate(findings, start=1)}),
+            findings=tuple(replace(f, label=i) for i, f in enumerate(findings, start=1)),
             evidence=evidence,
             evidence_resolution_mm=self.model.patch_mm,
             slices=slices,
@@ -204,10 +204,14 @@ class Predictor:
         with clock.time("model"):
             prediction = self._forward(given)
         centre, volume = prediction.gland_centre()
+        if _mostly_air(given):
+            centre, volume = None, 0.0
         if volume < FOUND_ML:
             for corner in _other_crops(study, self.spec, given.grid):
                 with clock.time("prepare"):
                     given = prepare(study, self.spec, corner)
+                if _mostly_air(given):
+                    continue
                 with clock.time("model"):
                     other = self._forward(given)
                 found, larger = other.gland_centre()
@@ -285,7 +289,7 @@ class Predictor:
             sector=lesion.sector.text,
             size_mm=round(lesion.size_mm, 1),
             volume_ml=round(lesion.volume_ml, 3),
-            center_mm=lesion.center_mm,
+            center_mm=_rounded(lesion.center_mm),
             likelihood=round(lesion.likelihood, 4),
             t2w_score=walk.t2w_score,
             dwi_score=walk.dwi_score,
@@ -348,7 +352,6 @@ class Predictor:
             "model": {
                 "name": self.model.config.name,
                 "sha256": self.checkpoint.sha256,
-                "patch_mm": self.model.patch_mm,
                 "postprocessing": vars(self.postprocessing),
             },
             "decision_tree": tree.id,
@@ -358,6 +361,12 @@ class Predictor:
         }
 
 
+def _rounded(point: tuple[float, float, float]) -> tuple[float, float, float]:
+    """To 0.01 mm."""
+    x, y, z = (round(v, 2) for v in point)
+    return x, y, z
+
+
 def _numbered(finding: Finding, number: int) -> Finding:
     """The finding as the `number`-th, its evidence keys with it."""
     id = f"lesion-{number}"
@@ -365,11 +374,20 @@ def _numbered(finding: Finding, number: int) -> Finding:
     return replace(finding, id=id, rationale=tuple(steps))
 
 
+def _mostly_air(given: ModelInput) -> bool:
+    """Whether more than half of the T2W pixels have their slice's lowest value: nothing to find there."""
+    t2w = given.images[:, 0]
+    return bool((t2w <= t2w.min(axis=(1, 2), keepdims=True) + 1e-6).mean() > 0.5)
+
+
 def _other_crops(study: Study, spec: CropSpec, first: Grid) -> list[list[float]]:
-    """Centres (LPS mm) of crops that cover, with half-crop steps, what of the T2W the first crop did not."""
+    """Centres (LPS mm) of crops that cover the rest of the T2W, a quarter of a crop apart and within its extent."""
     stored = Grid.of(study.t2w)
-    extent, crop = np.array(stored.size) * stored.spacing, np.array(spec.size) * spec.spacing_mm
-    steps = [int(np.ceil(max(0.0, e - c) / c)) for e, c in zip(extent, crop, strict=True)]
+    crop = np.array(spec.size) * spec.spacing_mm
+    beyond = np.maximum(np.array(stored.size) * stored.spacing - crop, 0)
+    counts = np.ceil(beyond / (crop / 4) - 1e-6).astype(int) + 1
+    shifts = [np.linspace(-b / 2, b / 2, n) if n > 1 else np.zeros(1) for b, n in zip(beyond, counts, strict=True)]
     middle = (np.array(first.size) - 1) / 2
-    offsets = itertools.product(*(np.arange(-n, n + 1) / 2 for n in steps))
-    return [first.index_to_point(middle + np.array(o) * first.size).tolist() for o in offsets if any(o)]
+    return [
+        first.index_to_point(middle + np.array(shift) / first.spacing).tolist() for shift in itertools.product(*shifts)
+    ]

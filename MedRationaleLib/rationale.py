@@ -62,11 +62,13 @@ class LesionAnswers:
                 f'says "{self._bank[retrieved].text}".'
             )
         asked = retrieved is not None
+        # What was never imaged cannot be shown: such an answer is inferred from the other sequences, and says so.
+        unseen = asked and node.id != "zone" and set(node.sequences) <= self._missing
         self.steps.append(
             RationaleStep(
                 node=node.id,
                 concept=concept,
-                text=self._bank[concept].text,
+                text=self._bank[concept].text + (" (inferred, not imaged)" if unseen else ""),
                 source=source,
                 similarity=round(self._similarity[concept], 4) if asked else None,
                 runners_up=tuple(
@@ -75,7 +77,7 @@ class LesionAnswers:
                     if c != concept
                 ),
                 measurement=measurement,
-                evidence=f"lesion-{lesion.label}/{concept}" if asked else None,
+                evidence=f"lesion-{lesion.label}/{concept}" if asked and not unseen else None,
                 weakened_by=tuple(s for s in node.sequences if s in self._missing),
             )
         )

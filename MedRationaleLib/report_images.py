@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from functools import cached_property
 
 import numpy as np
@@ -64,6 +65,9 @@ class ReportPictures:
             for name in ("t2w", "adc", "dwi")
             if (image := getattr(study, name)) is not None
         }
+        highest = max((_highest(image) for image in assessment.evidence.values()), default=1.0)
+        self.heat_top = max(0.1, math.ceil(highest * 20) / 20)
+        """Similarity at the bright end of the colour scale, the same for all heatmaps so that they can be compared."""
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -78,7 +82,7 @@ class ReportPictures:
         """Slice -> heatmap as a PNG data URI with opacity, where it shows anything; covers `heat_size_mm`."""
         step_x, step_y = self._heat_steps
         heat = self._cut(_array(self._assessment.evidence[key]))[:, step_y // 2 :: step_y, step_x // 2 :: step_x]
-        levels = np.round(np.clip(np.nan_to_num(heat), 0, 1) * (HEAT_LEVELS - 1)).astype(np.uint8)
+        levels = np.round(np.clip(np.nan_to_num(heat) / self.heat_top, 0, 1) * (HEAT_LEVELS - 1)).astype(np.uint8)
         pictures = {}
         for index in np.flatnonzero((levels > HEAT_LEVELS // 16).any(axis=(1, 2))):
             picture = Image.fromarray(levels[index], mode="P")
@@ -179,6 +183,10 @@ class ReportPictures:
         self.windows[name] = (low, high)
         scaled = (array - low) * (255 / max(high - low, 1e-6))
         return np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
+
+
+def _highest(image: sitk.Image) -> float:
+    return float(np.nan_to_num(sitk.GetArrayViewFromImage(image)).max(initial=0.0))
 
 
 def _array(image: sitk.Image) -> np.ndarray:

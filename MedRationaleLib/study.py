@@ -271,7 +271,9 @@ class Study:
         if "dwi" in images:
             b_value = sources["dwi"].b_value
             if b_value is None:
-                notes.append(f"The b-value of the DWI is not known; b = {MIN_B:g} s/mm² or more is expected.")
+                notes.append(
+                    f"The b-value of the DWI is not known (give --b-value); b = {MIN_B:g} s/mm² or more is expected."
+                )
             elif b_value < MIN_B:
                 notes.append(
                     f"The highest DWI has b = {b_value:g} s/mm², below {MIN_B:g}: lesions stand out less, so the "

@@ -94,6 +94,13 @@ def test_answers_that_rest_on_a_missing_sequence_say_so():
     assert "adc_signal" in weak and "diffusion_pattern" in weak and "t2w_signal" not in weak
 
 
+def test_what_was_not_imaged_is_called_inferred_and_has_no_heatmap():
+    _, answers = walk(lesion(), similarity(), missing=("adc",))
+    steps = {step.node: step for step in answers.steps}
+    assert "not imaged" in steps["adc_signal"].text and steps["adc_signal"].evidence is None
+    assert "not imaged" not in steps["diffusion_pattern"].text and steps["diffusion_pattern"].evidence
+
+
 def test_contrast_enhancement_is_not_available_unless_a_reader_gives_it():
     result, answers = walk(lesion(), similarity(dwi_marked_hyperintense=0.1, dwi_mild_hyperintense=0.7))
     assert result.dwi_score == 3 and result.dce == "not available" and result.pirads == 3
