@@ -134,7 +134,7 @@ def model_card(
         picai=any(s["picai_labels"] or s["real_backgrounds"] for s in training["sets"]),
         real=any(s["real_backgrounds"] for s in training["sets"]),
         postprocessing=postprocessing,
-        calibrated_on=calibrated_on,
+        calibrated_on=calibrated_on or ("the synthetic validation set" if "calibration" in training else None),
         evaluation=markdown(report).replace("# ", "### ", 1).strip() if report else None,
     )
 
