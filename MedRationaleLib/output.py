@@ -56,7 +56,8 @@ def write_results(assessment: Assessment, folder: str | Path) -> OutputPaths:
         (stage / ASSESSMENT_FILE).write_text(text, encoding="utf-8")
         (stage / REPORT_FILE).write_text(report, encoding="utf-8")
         write_segmentation(stage / SEGMENTATION_FILE, segments_of(assessment), assessment.gland)
-        (stage / EVIDENCE_FOLDER).mkdir()
+        if evidence:
+            (stage / EVIDENCE_FOLDER).mkdir()
         for key, path in evidence.items():
             write_nrrd(stage / path, _in_steps(assessment.evidence[key]))
         timings = {**assessment.manifest.get("timings_s", {}), "write": round(time.perf_counter() - started, 3)}

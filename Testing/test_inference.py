@@ -92,7 +92,11 @@ def resampled(image):
 FALLS_SHORT = pytest.mark.xfail(
     strict=True, raises=AssertionError, reason="a figure that the issue asks for and that these weights miss"
 )
-STORAGE = [flipped, rotated, reoriented, pytest.param(resampled, marks=FALLS_SHORT)]
+STORAGE = [flipped, rotated, reoriented]
+
+
+def name_of(value):
+    return getattr(value, "__name__", None)
 
 
 def assert_same(first, second):
@@ -107,13 +111,13 @@ def assert_same(first, second):
         assert dice(first.lesions, second.lesions) >= 0.98
 
 
-@pytest.mark.parametrize("store", STORAGE, ids=lambda f: getattr(f, "__name__", "stored"))
+@pytest.mark.parametrize("store", [*STORAGE, pytest.param(resampled, marks=FALLS_SHORT)], ids=name_of)
 def test_a_phantom_stored_in_another_way_gives_the_same_masks_and_findings(predictor, phantom, assessed, store):
     copy = Study.from_images(**{name: store(image) for name, image in images(phantom).items()})
     assert_same(assessed, predictor.assess(copy))
 
 
-@pytest.mark.parametrize("store", STORAGE, ids=lambda f: getattr(f, "__name__", "stored"))
+@pytest.mark.parametrize("store", [*STORAGE, resampled], ids=name_of)
 def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, prostatex_assessed, store):
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
     assert_same(prostatex_assessed, predictor.assess(copy))
@@ -223,10 +227,10 @@ def test_an_unknown_device_is_one_sentence():
 
 
 REAL = [  # case, mask, what these weights reach less a margin, what the issue asks for
-    ("prostatex-0000", "gland", 0.70, 0.80),
-    ("prostatex-0000", "tz", 0.53, 0.65),
-    ("prostatex-0000", "pz", 0.55, 0.55),
-    ("prostate158-001", "gland", 0.62, 0.75),
+    ("prostatex-0000", "gland", 0.68, 0.80),
+    ("prostatex-0000", "tz", 0.52, 0.65),
+    ("prostatex-0000", "pz", 0.53, 0.55),
+    ("prostate158-001", "gland", 0.75, 0.75),
 ]
 
 

@@ -126,18 +126,30 @@ def test_the_decoder_without_detail_is_segment_anythings_called_image_by_image()
     torch.nn.init.normal_(ours.no_prompt)
     sam = sam_modeling()
     theirs = sam.MaskDecoder(
-        transformer_dim=16,
-        transformer=sam.TwoWayTransformer(depth=1, embedding_dim=16, num_heads=2, mlp_dim=16),
+        transformer_dim=32,
+        transformer=sam.TwoWayTransformer(depth=1, embedding_dim=32, num_heads=2, mlp_dim=16),
         num_multimask_outputs=3,
     ).eval()
     shared = {k: v for k, v in ours.state_dict().items() if k in theirs.state_dict()}
     theirs.load_state_dict(shared)
-    embedding = torch.randn(3, 16, 4, 4)
+    embedding = torch.randn(3, 32, 4, 4)
     with torch.inference_mode():
         position = ours.position((4, 4))[None]
-        dense = ours.no_prompt.view(1, 16, 1, 1).expand(1, 16, 4, 4)
-        expected = [theirs.predict_masks(e[None], position, torch.zeros(1, 0, 16), dense)[0] for e in embedding]
-        assert torch.allclose(ours(embedding, None), torch.cat(expected), atol=1e-5)
+        dense = ours.no_prompt.view(1, 32, 1, 1).expand(1, 32, 4, 4)
+        expected = [theirs.predict_masks(e[None], position, torch.zeros(1, 0, 32), dense)[0] for e in embedding]
+        assert torch.allclose(ours(embedding), torch.cat(expected), atol=1e-5)
+
+
+def test_the_levels_of_a_new_pyramid_join_without_changing_anything() -> None:
+    torch.manual_seed(0)
+    model = tiny_model()
+    images = torch.randn(1, 2, 3, 64, 64)
+    with torch.inference_mode():
+        detail = model.detail(images.flatten(0, 1))
+        assert [tuple(level.shape[1:]) for level in detail] == [(4, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
+        assert torch.equal(model.f_img(images, detail), model.f_img(images))
+        trained = torch.nn.init.normal_(model.f_img.detail.weight)
+        assert trained.abs().sum() > 0 and not torch.equal(model.f_img(images, detail), model.f_img(images))
 
 
 def test_pooling_is_the_mean_of_unit_embeddings_and_a_whole_slice_is_a_region() -> None:
@@ -263,7 +275,7 @@ def damage_impossible_sizes(folder: Path) -> None:
 
 def damage_wrong_shape(folder: Path) -> None:
     data = json.loads((folder / CONFIG).read_text())
-    data["model"]["neck_dim"] = 32
+    data["model"]["neck_dim"] = 64
     (folder / CONFIG).write_text(json.dumps(data))
 
 

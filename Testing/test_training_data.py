@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from MedRationaleTraining.config import SamplingConfig  # noqa: E402
 from MedRationaleTraining.data import synthetic  # noqa: E402
 from MedRationaleTraining.data.label_maps import EXCLUDED, PicaiLabels, open_label_maps, split_of  # noqa: E402
 from MedRationaleTraining.data.real_backgrounds import RealBackgrounds, bend, load_case, outlined_zones  # noqa: E402
-from MedRationaleTraining.data.stacks import StackDataset, slice_answers, whole_exam  # noqa: E402
+from MedRationaleTraining.data.stacks import DIFFUSION_NODES, StackDataset, slice_answers, whole_exam  # noqa: E402
 from MedRationaleTraining.data.synthetic import StoredExam, SynthesisConfig, make_set, stored_exams  # noqa: E402
 from MedRationaleTraining.metrics import dice  # noqa: E402
 from MedRationaleTraining.speed import measure  # noqa: E402
@@ -228,7 +229,7 @@ def test_a_background_has_what_its_cases_have(shared_data: Path, tmp_path: Path)
     background = RealBackgrounds(tmp_path, share=1.0, keep_gland=0.0)(phantom_anatomy(rng), rng)
     assert background is not None
     assert background.t2w is None and background.adc is not None and background.dwi is not None
-    assert not background.keep_gland
+    assert background.interior is None and background.zones is None
 
 
 def test_a_folder_without_examinations_gives_no_backgrounds(tmp_path: Path) -> None:
@@ -249,19 +250,33 @@ def test_a_volume_of_the_outlines_needs_no_masks(tmp_path: Path) -> None:
     folder.mkdir()
     sitk.WriteImage(t2w, str(folder / "t2w.nii.gz"))
     case = load_case(folder)
-    assert case.outlined and {1, 2} <= set(np.unique(case.zones))
+    assert {1, 2} <= set(np.unique(case.zones))
     assert 20 < (case.zones > 0).sum() * 0.75**2 * 3 / 1000 < 90  # ml
     zones = sitk.GetArrayFromImage(outlined_zones(folder.name, t2w))
     assert np.flatnonzero(zones.any((1, 2))).tolist() == list(range(3, 15))
 
 
-def test_the_interior_of_an_outlined_gland_is_never_shown(tmp_path: Path) -> None:
-    folder = tmp_path / "prostate3t-03-0001"
-    folder.mkdir()
-    t2w = sitk.GetImageFromArray(np.random.default_rng(0).random((19, 384, 384), np.float32))
-    t2w.SetSpacing((0.5, 0.5, 3.0))
-    sitk.WriteImage(t2w, str(folder / "t2w.nii.gz"))
-    draw = RealBackgrounds(tmp_path, share=1.0, keep_gland=0.5)
+def test_a_real_interior_is_of_one_sequence_and_brings_its_zones(shared_data: Path) -> None:
+    draw = RealBackgrounds(shared_data / "real-train", share=1.0, keep_gland=1.0)
     rng = np.random.default_rng(1)
-    drawn = [draw(phantom_anatomy(rng), rng) for _ in range(8)]
-    assert any(d is not None for d in drawn) and not any(d.keep_gland for d in drawn if d is not None)
+    kept = set()
+    for _ in range(4):
+        anatomy = phantom_anatomy(rng)
+        background = draw(anatomy, rng)
+        assert background is not None and background.interior is not None and background.zones is not None
+        assert (background.t2w if background.interior == "t2w" else background.adc) is not None
+        both = anatomy.gland & (background.zones > 0)
+        assert 2 * both.sum() / (anatomy.gland.sum() + (background.zones > 0).sum()) > 0.85
+        kept.add(background.interior)
+    assert kept == {"t2w", "diffusion"}
+
+
+def test_without_adc_and_dwi_nobody_is_asked_about_diffusion(tiny_set: Path) -> None:
+    def nodes(**drop: float) -> set[str]:
+        config = SamplingConfig(drop_adc=0, drop_dwi=0, drop_both=0, lesion_stacks=1)
+        data = StackDataset([tiny_set], replace(config, **drop), length=12, seed=0)
+        return {node for i in range(12) for answers in data[i].answers for node in answers}
+
+    assert {"adc_signal", "dwi_signal"} <= nodes()
+    assert nodes(drop_adc=1) == nodes()
+    assert not nodes(drop_both=1) & set(DIFFUSION_NODES) and "t2w_signal" in nodes(drop_both=1)

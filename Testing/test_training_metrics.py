@@ -72,8 +72,8 @@ def test_a_perfect_detector_scores_one_and_its_operating_point_finds_all() -> No
     estimates = perfect.estimates(0.5)
     assert estimates["lesion_sensitivity"].value == 1
     assert estimates["false_candidates_per_case"].value == 0
-    assert perfect.f1(0.5) == 1
-    assert perfect.f1(0.05) == pytest.approx(4 / 5)
+    assert perfect.f2(0.5) == 1
+    assert perfect.f2(0.05) == pytest.approx(10 / 11)
 
 
 def test_without_a_positive_examination_nothing_is_claimed() -> None:

@@ -152,6 +152,19 @@ def test_training_on_one_example_lowers_every_term(tiny_set: Path, tmp_path: Pat
         assert sum(r[name] for r in rows[-5:]) < 0.95 * sum(r[name] for r in rows[:5]), name
 
 
+def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model: Path, tmp_path: Path) -> None:
+    begun = replace(run, out=str(tmp_path / "on"), val=None, steps=1, initial=str(model))
+    trainer = Trainer(begun)
+    before = load_checkpoint(model, with_text=True).model.state_dict()
+    assert same(dict(before), dict(trainer.model.module.state_dict()))
+    trainer.fit()
+    folder = export_run(tmp_path / "on", tmp_path / "model")
+    checkpoint = load_checkpoint(model)
+    assert load_checkpoint(folder).training["initial"]["sha256"] == checkpoint.sha256
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert f"an earlier run (6 steps on tiny, SHA-256 {checkpoint.sha256[:12]}" in card
+
+
 # ------------------------------------------------------------------ what cannot work
 
 
@@ -199,7 +212,7 @@ def test_an_empty_set_is_one_sentence(tmp_path: Path) -> None:
 
 def test_the_checkpoint_of_another_model_is_one_sentence(run: FitConfig) -> None:
     with pytest.raises(InputError, match="checkpoint of the configured model"):
-        Trainer(replace(run, model=replace(TINY, neck_dim=32))).fit()
+        Trainer(replace(run, model=replace(TINY, neck_dim=64))).fit()
 
 
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04 torn"])
@@ -345,7 +358,7 @@ def test_a_run_without_a_description_is_exported_with_its_settings(
         export_run(tmp_path, tmp_path / "model")
     export_run(tmp_path, tmp_path / "model", config=run)
     with pytest.raises(InputError, match="another"):
-        export_run(tmp_path, tmp_path / "other", config=replace(run, model=replace(TINY, neck_dim=32)))
+        export_run(tmp_path, tmp_path / "other", config=replace(run, model=replace(TINY, neck_dim=64)))
 
 
 # ------------------------------------------------------------------ command line

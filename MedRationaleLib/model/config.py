@@ -57,7 +57,8 @@ class ModelConfig:
     decoder_mlp: int = 768
     """(SAM: 2048)."""
     detail_dim: int = 16
-    """Channels of the high-resolution stem that joins the decoder and the shared space; 0 is the paper's decoder."""
+    """Channels at half size of the pyramid of convolutions that joins encoder, decoder and shared space; each level
+    doubles them; 0 is the paper's model, without it."""
     shared_dim: int = 96
     """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
     text: TextConfig = field(default_factory=TextConfig)
@@ -85,6 +86,7 @@ class ModelConfig:
             (self.axial_every >= 0 and self.window >= 0, "axial_every and window must not be negative"),
             (self.detail_dim == 0 or self.patch == 16, "detail_dim needs patches of 16 pixels"),
             (self.detail_dim % 4 == 0, "detail_dim must be a multiple of 4"),
+            (self.detail_dim == 0 or self.neck_dim % 32 == 0, "detail_dim needs a neck_dim that is a multiple of 32"),
             (self.detail_dim == 0 or self.shared_dim % 8 == 0, "shared_dim must be a multiple of 8"),
             (self.text.heads > 0 and self.text.width % self.text.heads == 0, "text.heads must divide text.width"),
         )

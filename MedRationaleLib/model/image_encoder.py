@@ -1,8 +1,10 @@
-"""f_img: SAM's image encoder, with optional mixing across neighbouring slices and a high-resolution stem."""
+"""f_img: SAM's image encoder, with optional mixing across neighbouring slices and a pyramid of convolutions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -10,6 +12,61 @@ from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.torchvision_guard import sam_modeling
 
 _sam = sam_modeling()
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with all weights at zero: what it joins starts as if it were not there."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with pre-activation; the identity at initialisation (He et al., 2016)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(4, dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.GroupNorm(4, dim),
+            nn.GELU(),
+            zeroed(nn.Conv2d(dim, dim, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, dim, h, w) -> the same shape."""
+        return x + self.body(x)
+
+
+class DetailPyramid(nn.Module):
+    """Convolutions on the image itself: what patch embeddings are too coarse to keep, or learn late.
+
+    Early convolutions help transformers see (Xiao et al., 2021); SAM 2's mask decoder joins fine levels in this way.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        widths = (3, dim, 2 * dim, 4 * dim, 8 * dim)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, width, 3 + 2 * (before == 3), stride=2, padding=1 + (before == 3)),
+                nn.GroupNorm(4, width),
+                nn.GELU(),
+                *(ResidualBlock(width) for _ in range(1 if before == 3 else 2)),
+            )
+            for before, width in pairwise(widths)
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3, H, W) -> (N, 2^i dim, H / 2^(i + 1), W / 2^(i + 1)) for i = 0, 1, 2, 3."""
+        found = []
+        for level in self.levels:
+            images = level(images)
+            found.append(images)
+        return tuple(found)
 
 
 class AxialMixer(nn.Module):
@@ -57,6 +114,8 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         every = config.axial_every
+        if config.detail_dim:
+            self.detail = zeroed(nn.Conv2d(8 * config.detail_dim, config.embed_dim, 1))
         self.axial = nn.ModuleDict(
             {
                 str(i): AxialMixer(config.embed_dim, config.axial_dim)
@@ -65,10 +124,12 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
             }
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, detail: Sequence[Tensor] = ()) -> Tensor:
         """(B, S, 3, H, W) stacks of neighbouring slices -> (B * S, neck_dim, H / patch, W / patch)."""
         slices = images.shape[1]
         x = self.patch_embed(images.flatten(0, 1)) + self.pos_embed
+        if detail:
+            x = x + self.detail(detail[3]).permute(0, 2, 3, 1)
         for index, block in enumerate(self.blocks):
             x = block(x)
             if str(index) in self.axial:
@@ -76,29 +137,10 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class DetailStem(nn.Module):
-    """Two strided convolutions on the image itself: what a patch embedding is too coarse to keep."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(3, dim, 5, stride=2, padding=2), nn.GroupNorm(4, dim), nn.GELU())
-        self.coarse = nn.Sequential(
-            nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1),
-            nn.GroupNorm(4, 2 * dim),
-            nn.GELU(),
-            nn.Conv2d(2 * dim, 2 * dim, 3, padding=1),
-        )
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) -> (N, dim, H / 2, W / 2) and (N, 2 dim, H / 4, W / 4)."""
-        fine = self.fine(images)
-        return fine, self.coarse(fine)
-
-
 class SharedProjection(nn.Module):
     """The image embedding brought into the space that it shares with the text.
 
-    Without detail (the paper's model) one value a patch; with it, a 4 x 4 finer grid that the stem sharpens.
+    Without detail (the paper's model) one value a patch; with it, a 4 x 4 finer grid that the pyramid sharpens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -107,15 +149,15 @@ class SharedProjection(nn.Module):
         if self.detailed:
             hidden = config.shared_dim // 2
             self.up = nn.ConvTranspose2d(config.neck_dim, hidden, 4, stride=4)
-            self.detail = nn.Conv2d(2 * config.detail_dim, hidden, 1)
+            self.detail = nn.Conv2d(2 * config.detail_dim, hidden, 3, padding=1)
             self.fuse = nn.Sequential(
                 nn.GroupNorm(4, hidden), nn.GELU(), nn.Conv2d(hidden, config.shared_dim, 3, padding=1)
             )
         else:
             self.fuse = nn.Sequential(nn.Conv2d(config.neck_dim, config.shared_dim, 1))
 
-    def forward(self, embedding: Tensor, detail: Tensor | None) -> Tensor:
-        """(N, neck_dim, h, w), (N, 2 detail_dim, 4h, 4w) or None -> (N, shared_dim, h', w')."""
-        if detail is not None:
-            embedding = self.up(embedding) + self.detail(detail)
+    def forward(self, embedding: Tensor, detail: Sequence[Tensor] = ()) -> Tensor:
+        """(N, neck_dim, h, w) and the pyramid or nothing -> (N, shared_dim, h', w')."""
+        if detail:
+            embedding = self.up(embedding) + self.detail(detail[1])
         return self.fuse(embedding)

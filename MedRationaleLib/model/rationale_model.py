@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from MedRationaleLib.model.config import ModelConfig
-from MedRationaleLib.model.image_encoder import DetailStem, ImageEncoder, SharedProjection
+from MedRationaleLib.model.image_encoder import DetailPyramid, ImageEncoder, SharedProjection
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder
 
 
@@ -55,7 +55,7 @@ class RationaleModel(nn.Module):
         self.config = config
         self.concepts = tuple(concepts)
         self.f_img = ImageEncoder(config)
-        self.detail = DetailStem(config.detail_dim) if config.detail_dim else None
+        self.detail = DetailPyramid(config.detail_dim) if config.detail_dim else None
         self.projection = SharedProjection(config)
         self.f_mask = ClassMaskDecoder(config)
         self.f_txt: nn.Module | None = None
@@ -73,10 +73,10 @@ class RationaleModel(nn.Module):
     def forward(self, images: Tensor) -> ModelOutput:
         """(B, S, 3, H, W) float32, z-scored per slice and channel; S neighbouring slices from inferior to superior."""
         batch, slices = images.shape[:2]
-        fine, coarse = self.detail(images.flatten(0, 1)) if self.detail is not None else (None, None)
-        encoded = self.f_img(images)
-        logits = self.f_mask(encoded, fine).float()
-        shared = self.projection(encoded, coarse)
+        detail = self.detail(images.flatten(0, 1)) if self.detail is not None else ()
+        encoded = self.f_img(images, detail)
+        logits = self.f_mask(encoded, detail).float()
+        shared = self.projection(encoded, detail)
         inverse_norm = shared.float().square().sum(1).clamp(min=1e-12).rsqrt()
         return ModelOutput(
             mask_logits=logits.unflatten(0, (batch, slices)),

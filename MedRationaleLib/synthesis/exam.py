@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -36,10 +37,10 @@ class RealBackground:
     """1e-3 mm^2/s."""
     dwi: Volume | None = None
     """Relative to the gland's median."""
-    keep_gland: bool = False
-    """Keep the real gland's interior too, not only what lies around it (its zones are then the real ones)."""
+    interior: Literal["t2w", "diffusion"] | None = None
+    """Which real sequence stands within the gland, too, not only around it (the zones are then the real ones)."""
     zones: np.ndarray | None = None
-    """uint8 zones of the real examination after bending, when keep_gland."""
+    """uint8 zones of the real examination whose interior is kept, after bending."""
     valid: np.ndarray | None = None
     """(3, S, H, W) bool: where the real sequences have data."""
 
@@ -87,14 +88,14 @@ def synthesize(
         crop_field_of_view: whether sequences may cover less than the crop.
     """
     real = background(anatomy, rng) if background else None
-    if real is not None and real.keep_gland and real.zones is not None:
+    if real is not None and real.zones is not None:
         anatomy = Anatomy(zones=real.zones, lesions=anatomy.lesions * (real.zones > 0), source=anatomy.source)
     canvas = Canvas.blank(rng, anatomy.zones.shape[0])
     paint_pelvis(canvas, anatomy.gland)
     around = 1 - soft(anatomy.gland, 0.9)
     if real is not None and real.t2w is not None:
         canvas.t2w = real.t2w.copy()
-        kept = canvas.t2w.copy() if real.keep_gland else None
+        kept = canvas.t2w.copy() if real.interior == "t2w" else None
         reference, nodules = paint_gland(canvas, anatomy)
         if kept is not None:
             canvas.t2w, nodules = kept, []
@@ -108,7 +109,7 @@ def synthesize(
 
     diffusion = None
     if real is not None and real.adc is not None and real.dwi is not None:
-        where = np.ones_like(around) if real.keep_gland and real.t2w is None else around
+        where = np.ones_like(around) if real.interior == "diffusion" else around
         for _, (box, mask, _ratio) in zip(rationales, targets, strict=False):
             where[box] *= 1 - mask
         diffusion = (where, real.adc, real.dwi)

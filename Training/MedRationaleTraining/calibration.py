@@ -31,8 +31,8 @@ class Calibration:
     """Threshold -> mean volume Dice."""
     lesion_score: dict[float, float]
     """Floor -> picai_eval's (AP + AUROC) / 2."""
-    lesion_f1: dict[float, float]
-    """Peak, at the chosen floor -> F1 over lesions."""
+    lesion_f2: dict[float, float]
+    """Peak, at the chosen floor -> F2 over lesions."""
 
     @property
     def postprocessing(self) -> dict[str, float]:
@@ -47,7 +47,8 @@ def calibrate(
 
     The gland's threshold has the best mean Dice. The lesions' floor, which sets how far a candidate reaches, has the
     best picai_eval score. That score never falls when less likely candidates are added, so it would always choose the
-    lowest peak; the peak, from which a candidate is shown, has the best F1 over picai_eval's matches instead.
+    lowest peak; the peak, from which a candidate is shown, has the best F2 over picai_eval's matches instead, for a
+    false candidate is dismissed more easily than a lesion that was not shown is found.
     """
     base = PostprocessingConfig()
     gland_dice: dict[float, list[float]] = {t: [] for t in GLAND}
@@ -70,14 +71,14 @@ def calibrate(
         )
     scores = {floor: detection.score() for floor, detection in detections.items()}
     floor = _best(scores, base.lesion_floor)
-    f1 = {peak: detections[floor].f1(peak) for peak in PEAKS if peak >= floor}
+    f2 = {peak: detections[floor].f2(peak) for peak in PEAKS if peak >= floor}
     chosen = Calibration(
         gland_threshold=_best(mean_dice, base.gland_threshold),
         lesion_floor=floor,
-        lesion_peak=_best(f1, base.lesion_peak),
+        lesion_peak=_best(f2, base.lesion_peak),
         gland_dice=mean_dice,
         lesion_score=scores,
-        lesion_f1=f1,
+        lesion_f2=f2,
     )
     _logger.info("thresholds chosen on %s: %s", Path(folder).name, chosen.postprocessing)
     return chosen

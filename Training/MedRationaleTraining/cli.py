@@ -25,7 +25,7 @@ from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
 _DESCRIPTION = """Train MedRationale's models on synthetic examinations with known reasons.
 
 In this order:
-  medrationale-train synthesize --picai-labels LABELS --split train --cases 680 --seed 0 --out data/synthetic/train
+  medrationale-train synthesize --picai-labels LABELS --split train --cases 1040 --seed 0 --out data/synthetic/train
   medrationale-train synthesize --picai-labels LABELS --split val --cases 30 --seed 1 --out data/synthetic/val
   medrationale-train synthesize --picai-labels LABELS --split test --cases 60 --seed 2 --out data/synthetic/test
   medrationale-train fit --config Training/configs/compact.yaml

@@ -65,6 +65,7 @@ def export_run(
         "settings": {k: v for k, v in settings.items() if k not in (*OF_A_MACHINE, "train", "initial", "model")},
         "sets": about["sets"],
         "history": about.get("history", []),
+        "initial": about.get("initial"),
         "medrationale": __version__,
         "torch": str(torch.__version__),
     }
@@ -131,6 +132,7 @@ def model_card(
         config=training["settings"],
         sets=training["sets"],
         history=training.get("history", []),
+        initial=training.get("initial"),
         picai=any(s["picai_labels"] or s["real_backgrounds"] for s in training["sets"]),
         real=any(s["real_backgrounds"] for s in training["sets"]),
         postprocessing=postprocessing,

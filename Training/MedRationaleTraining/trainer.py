@@ -129,8 +129,8 @@ def _pool(output: ModelOutput, stacks: list[Stack]) -> Tensor:
     return torch.cat([p[: len(s.regions)] for p, s in zip(pooled, stacks, strict=True)])
 
 
-def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, list[int]]:
-    """The model with its text tower, from random weights or from a model folder."""
+def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, list[int], dict[str, Any] | None]:
+    """The model with its text tower and vocabulary; from a model folder also what is known of its weights."""
     phrases = [text for texts in all_phrases(bank).values() for text in texts]
     vocabulary = TextEncoder.vocabulary_of(phrases)
     if config.initial:
@@ -140,10 +140,11 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
                 f"Expected a model of the configured sizes and of this concept bank in {config.initial}, got another "
                 f"({checkpoint.model.config.name}); take its config.json's sizes or another folder."
             )
-        return checkpoint.model.train(), checkpoint.vocabulary
+        known = {k: checkpoint.training[k] for k in ("steps", "sets", "initial") if k in checkpoint.training}
+        return checkpoint.model.train(), checkpoint.vocabulary, {"sha256": checkpoint.sha256, **known}
     model = RationaleModel(config.model, list(bank))
     model.attach_text(vocabulary)
-    return model, vocabulary
+    return model, vocabulary, None
 
 
 @torch.no_grad()
@@ -171,14 +172,14 @@ class Trainer:
         self.tree = DecisionTree.load()
         self.fabric = _fabric(config)
         seed_everything(config.seed, verbose=False)
-        model, self.vocabulary = build_model(config, self.bank)
+        model, self.vocabulary, self.initial = build_model(config, self.bank)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
             {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
         ]
         o = config.optimizer
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
         self.model, self.optimizer = self.fabric.setup(model, optimizer)
         self.ema = AveragedModel(self.model.module, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=False)
         self.objective = Objective(config, self.bank, self.tree)
@@ -240,6 +241,7 @@ class Trainer:
             "vocabulary": self.vocabulary,
             "concepts": list(self.bank),
             "sets": [describe_set(folder) for folder in self.config.train],
+            "initial": self.initial,
         }
         if path.exists() and self.step:
             earlier = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import SimpleITK as sitk
@@ -37,8 +38,6 @@ class RealCase:
     adc: np.ndarray | None
     dwi: np.ndarray | None
     valid: np.ndarray
-    outlined: bool
-    """Zones are the rough ellipses of outlines.yaml, so that the interior must not be shown with them."""
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +74,7 @@ def load_case(folder: Path) -> RealCase:
         return sitk.ReadImage(str(path), sitk.sitkFloat32) if path.exists() else None
 
     zones, t2w, adc, dwi = (read(n) for n in ("zones", "t2w", "adc", "dwi"))
-    outlined = zones is None and t2w is not None and folder.name in _outlines()
-    if outlined:
+    if zones is None and t2w is not None and folder.name in _outlines():
         zones = outlined_zones(folder.name, t2w)
     if zones is None or (t2w is None and (adc is None or dwi is None)):
         raise InputError(
@@ -100,9 +98,7 @@ def load_case(folder: Path) -> RealCase:
     if adc_array is not None and dwi_array is not None:
         adc_array = adc_array / 1000
         dwi_array = dwi_array / np.median(dwi_array[labels > 0])
-    return RealCase(
-        name=folder.name, zones=labels, t2w=t2w_array, adc=adc_array, dwi=dwi_array, valid=valid, outlined=outlined
-    )
+    return RealCase(name=folder.name, zones=labels, t2w=t2w_array, adc=adc_array, dwi=dwi_array, valid=valid)
 
 
 def _outline(gland: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -188,8 +184,8 @@ def bend(
 class RealBackgrounds:
     """Draws a real background for a synthetic gland (see MedRationaleLib.synthesis.synthesize)."""
 
-    def __init__(self, folder: str | Path, *, share: float = 0.6, keep_gland: float = 0.3) -> None:
-        """`share`: how often a background is real; `keep_gland`: how often the real gland's interior stays, too."""
+    def __init__(self, folder: str | Path, *, share: float = 0.75, keep_gland: float = 0.6) -> None:
+        """`share`: how often a background is real; `keep_gland`: how often a real gland's interior stays, too."""
         with_zones = {p.parent for p in Path(folder).glob("*/zones" + _SUFFIX)}
         outlined = {p.parent for p in Path(folder).glob("*/t2w" + _SUFFIX) if p.parent.name in _outlines()}
         folders = sorted(with_zones | outlined)
@@ -205,14 +201,13 @@ class RealBackgrounds:
         """None for a procedural pelvis."""
         if not anatomy.gland.any() or rng.random() > self._share:
             return None
-        keep = bool(rng.random() < self._keep)
-        candidates = [c for c in self._t2w if not (keep and c.outlined)]
-        t2w = self._draw(candidates, anatomy, rng) if rng.random() < 0.85 else {}
+        t2w = self._draw(self._t2w, anatomy, rng) if rng.random() < 0.85 else {}
         diffusion = self._draw(self._diffusion, anatomy, rng) if rng.random() < 0.7 or not t2w else {}
-        keep = keep and bool(t2w) != bool(diffusion)
-        first = t2w or diffusion
-        if not first:
+        if not t2w and not diffusion:
             return None
+        interior: Literal["t2w", "diffusion"] | None = None
+        if rng.random() < self._keep:  # of one sequence alone, for no real patient here has all three
+            interior = "t2w" if t2w and (not diffusion or rng.random() < 0.65) else "diffusion"
         whole = np.ones(anatomy.zones.shape, bool)
         t2w_valid, diffusion_valid = (d.get("valid", whole) for d in (t2w, diffusion))
         curve = float(np.exp(rng.normal(0, 0.15)))
@@ -220,8 +215,8 @@ class RealBackgrounds:
             t2w=t2w["t2w"] ** curve if t2w else None,
             adc=diffusion.get("adc"),
             dwi=diffusion.get("dwi"),
-            keep_gland=keep,
-            zones=first["zones"] if keep else None,
+            interior=interior,
+            zones=(t2w if interior == "t2w" else diffusion)["zones"] if interior else None,
             valid=np.stack([t2w_valid, diffusion_valid, diffusion_valid]),
         )
 

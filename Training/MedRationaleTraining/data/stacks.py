@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from MedRationaleTraining.data.synthetic import LESION_BIT, VALID_SHIFT, StoredE
 
 MASK_PIXELS = 128
 REGION_PIXELS = 64
+DIFFUSION_NODES = ("adc_signal", "dwi_signal", "diffusion_pattern")
+"""Nodes whose answers cannot be seen where neither ADC nor DWI is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,13 @@ class StackDataset(Dataset):
             images[1] = 0
         if drop[1] or drop[2]:
             images[2] = 0
-        return _assemble(images, labels, regions, exam)
+        stack = _assemble(images, labels, regions, exam)
+        if images[1:].any():
+            return stack
+        # What was not imaged in any way is not asked for: it could only be guessed.
+        return replace(
+            stack, answers=tuple({n: c for n, c in a.items() if n not in DIFFUSION_NODES} for a in stack.answers)
+        )
 
 
 def whole_exam(exam: StoredExam) -> Stack:

@@ -37,10 +37,10 @@ class SynthesisConfig:
     """Clone of DIAGNijmegen/picai_labels or the packed anatomy archive; None makes procedural phantoms only."""
     real_backgrounds: str | None = None
     """Folder of real examinations (zones.nii.gz with t2w, or adc and dwi) to take surroundings from."""
-    real_share: float = 0.65
+    real_share: float = 0.75
     """How often the surroundings are real."""
-    keep_gland: float = 0.35
-    """How often, then, the real gland's interior stays."""
+    keep_gland: float = 0.6
+    """How often, then, the real gland's interior stays, in one of the sequences."""
     split: Split = "train"
     """Which patients' label maps; the test split is for evaluation only."""
     cases: int = 600
