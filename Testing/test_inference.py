@@ -227,9 +227,9 @@ def test_an_unknown_device_is_one_sentence():
 
 
 REAL = [  # case, mask, what these weights reach less a margin, what the issue asks for
-    ("prostatex-0000", "gland", 0.68, 0.80),
-    ("prostatex-0000", "tz", 0.52, 0.65),
-    ("prostatex-0000", "pz", 0.53, 0.55),
+    ("prostatex-0000", "gland", 0.70, 0.80),
+    ("prostatex-0000", "tz", 0.53, 0.65),
+    ("prostatex-0000", "pz", 0.549, 0.55),
     ("prostate158-001", "gland", 0.75, 0.75),
 ]
 
