@@ -236,6 +236,19 @@ def test_clean_masks_are_one_gland_whose_every_voxel_has_one_zone(storage):
     assert found_tz[island].all()
 
 
+def test_each_slice_keeps_one_piece_of_the_gland():
+    """A second piece that hangs on through a neighbouring slice, as where the outline ran into the rectal wall."""
+    phantom = Phantom()
+    arm = phantom.ellipsoid((0, 20, 3), (5, 10, 2.9))
+    island = phantom.ellipsoid((0, 24, 6), (5, 4, 2.9))
+    low = phantom.store(np.zeros_like(arm, np.float32))
+    gland = phantom.store((phantom.gland | arm | island).astype(np.float32))
+    found = sitk.GetArrayFromImage(clean_masks({"gland": gland, "pz": low, "tz": low, "lesion": low}).gland) > 0
+    beside = island & ~arm.any((1, 2))[:, None, None]
+    assert beside.any() and not (found & beside).any() and (found & arm).any()
+    assert (found & phantom.gland).sum() > 0.99 * phantom.gland.sum()
+
+
 def test_nothing_above_the_threshold_gives_empty_masks():
     phantom = Phantom()
     low = phantom.store(np.full((24, 140, 160), 0.2, np.float32))
