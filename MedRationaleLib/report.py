@@ -49,6 +49,8 @@ SUSPICION = {
 }
 """PI-RADS v2.1's wording of its categories."""
 ZONE_NAMES = {"PZ": "peripheral zone", "TZ": "transition zone"}
+CLOSE = 0.05
+"""A lead in cosine similarity below which an answer is called nearly a tie."""
 LESION_ZOOM_MM = 40.0
 
 
@@ -128,6 +130,7 @@ def build_report(assessment: Assessment) -> str:
         names=SEQUENCE_NAMES,
         zone_names=ZONE_NAMES,
         suspicion=SUSPICION,
+        close=CLOSE,
         synthetic=is_synthetic(assessment),
         patient=[(_label(key), value) for key, value in study_facts(assessment.study.patient)],
         model=_one_line(assessment.manifest.get("model")) or "not recorded",

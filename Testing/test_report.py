@@ -171,6 +171,16 @@ def test_scores_category_resolution_sources_and_contradictions_are_said(assessme
         assert phrase in page.text + page.find("header")[0]["text"], phrase
 
 
+@pytest.mark.parametrize(("lead", "tied"), [(0.01, True), (0.3, False)])
+def test_an_answer_that_hardly_leads_is_called_nearly_a_tie(assessment: Assessment, lead: float, tied: bool) -> None:
+    finding = assessment.findings[0]
+    step = next(s for s in finding.rationale if s.similarity is not None and s.runners_up)
+    rivals = tuple(replace(r, similarity=step.similarity - lead) for r in step.runners_up)
+    shown = replace(finding, rationale=(replace(step, runners_up=rivals),))
+    html = build_report(replace(assessment, findings=(shown,)))
+    assert f"{lead:.2f} ahead of the next" in html and ("nearly a tie" in html) == tied
+
+
 def test_a_patient_gets_no_synthetic_banner(assessment: Assessment) -> None:
     study = replace(assessment.study, patient={"id": "A", "study_date": "2020-01-02"})
     html = build_report(replace(assessment, study=study))

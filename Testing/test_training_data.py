@@ -234,7 +234,7 @@ def test_a_background_has_what_its_cases_have(shared_data: Path, tmp_path: Path)
 
 def test_a_folder_without_examinations_gives_no_backgrounds(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"zones\.nii\.gz"):
-        RealBackgrounds(tmp_path)
+        RealBackgrounds(tmp_path, share=1.0, keep_gland=0.0)
 
 
 def test_the_settings_of_a_set_are_beside_it(tiny_set: Path) -> None:

@@ -184,7 +184,7 @@ def bend(
 class RealBackgrounds:
     """Draws a real background for a synthetic gland (see MedRationaleLib.synthesis.synthesize)."""
 
-    def __init__(self, folder: str | Path, *, share: float = 0.75, keep_gland: float = 0.6) -> None:
+    def __init__(self, folder: str | Path, *, share: float, keep_gland: float) -> None:
         """`share`: how often a background is real; `keep_gland`: how often a real gland's interior stays, too."""
         with_zones = {p.parent for p in Path(folder).glob("*/zones" + _SUFFIX)}
         outlined = {p.parent for p in Path(folder).glob("*/t2w" + _SUFFIX) if p.parent.name in _outlines()}
