@@ -38,7 +38,6 @@ demo: install
 	rm -rf $(DEMO)
 	$(BIN)/medrationale phantom --out $(DEMO)/phantom
 	$(BIN)/medrationale predict --case $(DEMO)/phantom --out $(DEMO)/report
-	@echo "The report is $(CURDIR)/$(DEMO)/report/report.html"
 
 test: install
 	$(BIN)/python -m pytest

@@ -113,6 +113,8 @@ def predict(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) 
         paths = write_results(assessment, args.out)
     report = paths.report.resolve()
     if args.quiet:
+        for note in dict.fromkeys((*study.warnings, *assessment.warnings)):
+            sys.stderr.write(f"Warning: {note}\n")
         sys.stdout.write(f"{report}\n")
     else:
         summarise(assessment, report, console_for(sys.stdout))
@@ -213,7 +215,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR",
         help="folder for the results; files of an earlier run in it are replaced, other files never",
     )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="print the path of the report and nothing else")
+    group.add_argument(
+        "--quiet", action="store_true", help="print the path of the report alone (warnings go to stderr)"
+    )
     group.add_argument("--profile", action="store_true", help="print where the time went, and the peak memory")
     group = sub.add_argument_group("model")
     group.add_argument("--model", default="compact", metavar="NAME", help="shipped model or model folder (compact)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -100,12 +101,26 @@ class Stack:
         return (*self.frames[0].grid, len(self.levels), *np.round(self.levels[0][0].position, 1).tolist())
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files under a folder, sorted; linked folders are followed, each place once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        found += [path for path in (Path(parent) / name for name in names) if path.is_file()]
+    return sorted(found)
+
+
 def scan(folder: str | Path) -> tuple[list[Stack], list[str]]:
     """All MR stacks under a folder, and remarks on files that could not be read. Refuses two patients."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"DICOM: expected a folder, got {folder}, which is no folder; check the path.")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.upper() != "DICOMDIR")
+    paths = [path for path in _files(folder) if path.name.upper() != "DICOMDIR"]
     if not paths:
         raise InputError(f"DICOM: expected a folder with DICOM files, got the empty folder {folder}; check the path.")
     frames: list[Frame] = []

@@ -106,8 +106,8 @@ def read_image(path: str | Path, name: str) -> tuple[sitk.Image, str]:
         _check_header(reader, content, path, name, broken)
         try:
             image = reader.Execute()
-        except (RuntimeError, MemoryError):
-            raise InputError(broken) from None
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(_unreadable(str(error), path, name, broken)) from None
     if image.GetDimension() == 4:
         image = image[:, :, :, 0]
     image = sitk.Cast(image, sitk.sitkFloat32)
@@ -115,12 +115,18 @@ def read_image(path: str | Path, name: str) -> tuple[sitk.Image, str]:
         image.EraseMetaData(key)
     check_volume(image, f"{name} ({path.name})")
     digest = hashlib.sha256(content)
-    pixels = re.search(
-        rb"^(?:ElementDataFile\s*=|data ?file:)\s*(\S+)\s*$", content[:10000], re.MULTILINE | re.IGNORECASE
-    )
-    if pixels and (path.parent / os.fsdecode(pixels[1])).is_file():
-        digest.update((path.parent / os.fsdecode(pixels[1])).read_bytes())
+    pixels = _pixel_file(path)
+    if pixels is not None and pixels.is_file():
+        digest.update(pixels.read_bytes())
     return image, digest.hexdigest()
+
+
+def _pixel_file(header: Path) -> Path | None:
+    """The file that a detached header (MHD, NHDR) names for its voxels; None for one file with both."""
+    with header.open("rb") as file:
+        start = file.read(10000)
+    named = re.search(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(\S+)\s*$", start, re.MULTILINE | re.IGNORECASE)
+    return header.parent / os.fsdecode(named[1]) if named and named[1].upper() not in (b"LOCAL", b"LIST") else None
 
 
 def _unreadable(error: str, path: Path, name: str, broken: str) -> str:
@@ -129,6 +135,9 @@ def _unreadable(error: str, path: Path, name: str, broken: str) -> str:
         return f"{name}: expected axes at right angles, got {path} with a sheared geometry; resample and save it again."
     if "pacing" in error:
         return f"{name}: expected a voxel spacing above 0 mm, got 0 or no number in {path}; correct its header."
+    pixels = _pixel_file(path)
+    if pixels is not None and not pixels.is_file():
+        return f"{name}: expected the voxels of {path} beside it, got no file {pixels.name}; copy both files."
     known = path.name.lower().endswith(SUFFIXES)
     if "Unable to determine ImageIO" in error and not (known and path.stat().st_size == 0):
         return (
@@ -154,12 +163,13 @@ def _check_header(reader: sitk.ImageFileReader, content: bytes, path: Path, name
             f"{name}: expected one number per voxel, got {reader.GetNumberOfComponents()} components (colour, vector "
             f"or complex) in {path}; export a grey-scale volume."
         )
-    nifti = reader.HasMetaDataKey("bitpix")
-    if nifti and path.name.lower().endswith(".gz"):
+    if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error):
             raise InputError(broken) from None
+    # By its first bytes, and not by its keys, which a MetaImage that was converted from NIfTI has kept.
+    nifti = content[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c")
     found = None if nifti else _HEADER_SPACING.search(content[:10000].decode("latin-1"))
     stored = [float(v) for v in re.findall(r"[-+]?(?:\d[\d.eE+-]*|nan|inf)", found[1], re.IGNORECASE)] if found else []
     if nifti and content[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c"):  # NIfTI-1; a NIfTI-2 file is taken as ITK reads it
@@ -202,7 +212,7 @@ def check_volume(image: sitk.Image, name: str) -> None:
         sides = " x ".join(f"{value:.0f}" for value in extent)
         raise InputError(
             f"{name}: expected an imaged block of {EXTENT_MM[0]:g} to {EXTENT_MM[1]:g} mm a side, got {sides} mm "
-            f"(voxels of {words} mm); correct the header."
+            f"(voxels of {words} mm); give the whole volume, or correct the header."
         )
     values = sitk.GetArrayViewFromImage(image)
     _check_finite(values, name)

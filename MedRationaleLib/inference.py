@@ -31,7 +31,7 @@ from MedRationaleLib.findings import (
     measure_lesions,
 )
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
-from MedRationaleLib.rationale import LesionAnswers
+from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.study import Study
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Predictor:
             gland = measure_gland(masks.gland)
             measured = self._measure(masks, probabilities) if gland else ()
             findings = [self._finding(m, masks, prediction, study, tree, retrieval) for m in measured]
-            findings.sort(key=lambda f: (f.pirads, f.likelihood), reverse=True)
+            findings.sort(key=index_first, reverse=True)
             findings = [_numbered(f, i) for i, f in enumerate(findings, start=1)]
             slices = self._slices(study, prediction, tree)
         report("evidence", 0.0)
@@ -296,7 +296,10 @@ class Predictor:
             dce=walk.dce,
             pirads=walk.pirads,
             rationale=tuple(answering.steps),
-            contradictions=tuple(answering.contradictions),
+            contradictions=(
+                *answering.contradictions,
+                *signal_contradictions(answering.steps, tree, _signal(lesion, masks, study)),
+            ),
         )
 
     def _evidence(
@@ -365,6 +368,29 @@ def _rounded(point: tuple[float, float, float]) -> tuple[float, float, float]:
     """To 0.01 mm."""
     x, y, z = (round(v, 2) for v in point)
     return x, y, z
+
+
+def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, tuple[float, float]]:
+    """Sequence -> its mean over a lesion, its median over the rest of the lesion's zone; where it has data."""
+    lesions = sitk.GetArrayViewFromImage(masks.lesions)
+    zone = sitk.GetArrayViewFromImage(masks.pz if lesion.zone == "PZ" else masks.tz) > 0
+    found = {}
+    for name in ("t2w", "adc", "dwi"):
+        image = getattr(study, name)
+        if image is None:
+            continue
+        values = sitk.GetArrayViewFromImage(image)
+        there = sitk.GetArrayViewFromImage(study.valid[name]) > 0 if name in study.valid else np.ones_like(zone)
+        inside, rest = values[(lesions == lesion.label) & there], values[zone & (lesions == 0) & there]
+        if inside.size and rest.size:
+            found[name] = float(inside.mean()), float(np.median(rest))
+    return found
+
+
+def index_first(finding: Finding) -> tuple[int, bool, float]:
+    """The order of findings, the largest first: category, then extension, then size (PI-RADS v2.1, index lesion)."""
+    extends = any(step.concept == "epe_present" for step in finding.rationale)
+    return finding.pirads, extends, finding.size_mm
 
 
 def _numbered(finding: Finding, number: int) -> Finding:

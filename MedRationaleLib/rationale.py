@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from MedRationaleLib.assessment import Candidate, RationaleStep, Source
 from MedRationaleLib.decision_tree import DecisionTree, Node
@@ -82,3 +82,30 @@ class LesionAnswers:
             )
         )
         return concept
+
+
+def signal_contradictions(
+    steps: Sequence[RationaleStep], tree: DecisionTree, signal: Mapping[str, tuple[float, float]]
+) -> list[str]:
+    """Sentences where an answer on signal is not what the image shows.
+
+    Args:
+        steps: of one lesion.
+        tree: which says on which sequence a question is answered.
+        signal: sequence -> mean over the lesion, median over the rest of its zone.
+    """
+    found = []
+    for step in steps:
+        node = tree.nodes.get(step.node)
+        bright, dark = step.concept.endswith("hyperintense"), step.concept.endswith("hypointense")
+        sequence = next((s for s in node.sequences if s in signal), None) if node and (bright or dark) else None
+        if node is None or sequence is None or step.source != "model":
+            continue
+        lesion, rest = signal[sequence]
+        if (bright and lesion < rest) or (dark and lesion > rest):
+            found.append(
+                f'{node.question} The rationale says "{step.text}", but there the lesion is '
+                f"{'darker' if bright else 'brighter'} than the rest of its zone "
+                f"(mean {lesion:.0f}, median {rest:.0f})."
+            )
+    return found

@@ -148,8 +148,9 @@ def is_synthetic(assessment: Assessment) -> bool:
 
 
 def study_facts(patient: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is known of patient and study, without what the banner says already."""
-    return [(key, value) for key, value in patient.items() if value not in (None, "") and key != "synthetic"]
+    """What is known of patient and study, without what the banner says already; long identifiers last."""
+    told = [(key, value) for key, value in patient.items() if value not in (None, "") and key != "synthetic"]
+    return sorted(told, key=lambda fact: fact[0].endswith("_uid"))
 
 
 def _finding_view(
@@ -233,10 +234,14 @@ def _viewer_data(assessment: Assessment, bank: ConceptBank, pictures: ReportPict
         item.slice_index: [_words(answer.concept, bank) for answer in item.answers.values()]
         for item in assessment.slices
     }
-    slices = [
-        {"s": round(pictures.slice_position(index)[2], 1), "said": said.get(index, [])}
-        for index in range(pictures.count)
-    ]
+    absent = {
+        item.slice_index for item in assessment.slices if "lesion_absent" in {a.concept for a in item.answers.values()}
+    }
+    slices = []
+    for index in range(pictures.count):
+        here = [f.id for f in assessment.findings if pictures.masks[f.id][index].any()]
+        note = f", which contradicts {' and '.join(here)} marked here" if here and index in absent else ""
+        slices.append({"s": round(pictures.slice_position(index)[2], 1), "said": said.get(index, []), "note": note})
     return json.dumps({"slices": slices}).replace("<", "\\u003c")
 
 

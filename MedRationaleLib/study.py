@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,13 @@ class Study:
                 sequence=name, path="", reason="given as an image in memory", sha256=""
             )
             sources[name] = replace(source, spacing_mm=image.GetSpacing(), size=image.GetSize())
+        for first, second in combinations(images, 2):
+            fitted = "adc" in (first, second) and sources["adc"].calculated  # from the DWI's own files, rightly
+            if not fitted and sources[first].sha256 and sources[first].sha256 == sources[second].sha256:
+                raise InputError(
+                    f"{NAMES[second]}: expected another image than the {NAMES[first]}, got the same one "
+                    f"({sources[second].path}) for both; give the {NAMES[second]} of this examination."
+                )
         notes = list(warnings) + _small_block(images["t2w"])
         valid: dict[str, sitk.Image] = {}
         for name in ("adc", "dwi"):

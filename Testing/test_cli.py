@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_samples import ADC, CORONAL, SAGITTAL, SHAPE, T2W, noise, write, write_examination
 from sample_assessments import PZ_ANSWERS, TZ_ANSWERS, assess_by_hand, drawn_masks
-from test_dicom_reading import ADC, CORONAL, SAGITTAL, SHAPE, T2W, noise, write, write_examination
 from test_study import adc_map, save, volume
 
 from MedRationaleLib import files, output
@@ -84,10 +84,10 @@ def test_predict_writes_all_files_and_sums_them_up(case, tmp_path, capsys):
     printed = capsys.readouterr()
     rows = [re.split(r"  +", line.strip()) for line in printed.out.splitlines()]
     header = next(row for row in rows if row[0] == "Lesion")
-    assert header[1:] == ["Zone", "Sector", "Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood*"]
+    assert header[1:] == ["Zone", "Sector", "Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Mask prob.*"]
     first = dict(zip(header, next(row for row in rows if row[0] == "lesion-1"), strict=True))
-    record = json.loads((out / "assessment.json").read_text())["findings"][0]
-    assert first["Sector"] == "right peripheral zone posteromedial mid gland" and first["Likelihood*"] == "0.83"
+    record = json.loads((out / "assessment.json").read_text(encoding="utf-8"))["findings"][0]
+    assert first["Sector"] == "right peripheral zone posteromedial mid gland" and first["Mask prob.*"] == "0.83"
     assert [int(first[n]) for n in ("T2W", "DWI", "PI-RADS")] == [
         record[n] for n in ("t2w_score", "dwi_score", "pirads")
     ]
@@ -133,14 +133,18 @@ def test_a_dicom_examination_is_read_and_a_series_number_overrides_the_choice(tm
     assert predictor.asked.study.provenance["adc"].series_number == 9
 
 
-def test_quiet_prints_the_path_of_the_report_and_nothing_else(case, tmp_path, capsys):
+def test_quiet_prints_the_path_of_the_report_alone_and_warnings_on_stderr(case, tmp_path, capsys):
     assert predict("--case", case, "--out", tmp_path / "o", "--quiet") == 0
-    assert capsys.readouterr() == (f"{(tmp_path / 'o' / 'report.html').resolve()}\n", "")
+    printed = capsys.readouterr()
+    assert printed.out == f"{(tmp_path / 'o' / 'report.html').resolve()}\n"
+    assert printed.err.startswith("Warning: The b-value of the DWI is not known")
+    assert all(line.startswith("Warning: ") for line in printed.err.splitlines())
 
 
 def test_profile_says_where_the_time_went(case, tmp_path, capsys):
     assert predict("--case", case, "--out", tmp_path / "o", "--quiet", "--profile") == 0
-    names = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    lines = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+    names = [name for name in lines if name != "Warning:"]
     assert names[:8] == ["read", "load", "model", "masks", "findings", "evidence", "write", "total"]
 
 

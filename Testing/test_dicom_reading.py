@@ -377,6 +377,17 @@ def test_the_real_examination_from_dicom_equals_the_one_from_files(shared_data):
     assert dicom.warnings == () and dicom.patient["age"] == 63
 
 
+def test_linked_series_folders_are_followed_once(tmp_path):
+    write_examination(tmp_path / "exam")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "exam").symlink_to(tmp_path / "exam", target_is_directory=True)
+    (links / "again").symlink_to(links, target_is_directory=True)
+    direct, linked = (Study.from_dicom(folder) for folder in (tmp_path / "exam", links))
+    assert direct.provenance["t2w"].sha256 == linked.provenance["t2w"].sha256
+    assert direct.warnings == linked.warnings
+
+
 def test_the_calculated_series_of_the_real_examination_is_b_1000_by_its_tag_and_by_its_signal(shared_data):
     source = Study.from_dicom(shared_data / "prostatex-0000" / "dicom").provenance["dwi"]
     assert (source.series_number, source.b_value, source.calculated) == (8, 1000.0, True)

@@ -1,13 +1,14 @@
 """The shipped model, from a Study to an Assessment: the phantom anywhere, real examinations where they are at hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.inference import Predictor
+from MedRationaleLib.inference import Predictor, index_first
 from MedRationaleLib.phantom import write_phantom
 from MedRationaleLib.study import Study
 
@@ -117,7 +118,7 @@ def test_a_phantom_stored_in_another_way_gives_the_same_masks_and_findings(predi
     assert_same(assessed, predictor.assess(copy))
 
 
-@pytest.mark.parametrize("store", [*STORAGE, resampled], ids=name_of)
+@pytest.mark.parametrize("store", [*STORAGE, pytest.param(resampled, marks=FALLS_SHORT)], ids=name_of)
 def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, prostatex_assessed, store):
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
     assert_same(prostatex_assessed, predictor.assess(copy))
@@ -131,7 +132,6 @@ def test_the_phantoms_gland_is_found(assessed, phantom_paths):
     assert dice(assessed.gland, sitk.ReadImage(str(phantom_paths.truth / "zones.mha")) > 0) >= 0.85
 
 
-@FALLS_SHORT
 def test_the_phantoms_lesion_is_found(assessed, phantom_paths):
     lesion = sitk.ReadImage(str(phantom_paths.truth / "lesions.mha")) > 0
     assert any(dice(assessed.lesions == f.label, lesion) >= 0.3 for f in assessed.findings)
@@ -155,11 +155,25 @@ def test_every_evidence_key_has_a_heatmap_in_0_to_1_on_the_t2w_grid(assessed):
 
 
 def test_findings_are_ordered_by_suspicion_and_numbered(assessed):
-    order = [(f.pirads, f.likelihood) for f in assessed.findings]
+    order = [(f.pirads, f.size_mm) for f in assessed.findings]
     assert order == sorted(order, reverse=True)
     assert [f.id for f in assessed.findings] == [f"lesion-{f.label}" for f in assessed.findings]
     labels = set(np.unique(sitk.GetArrayViewFromImage(assessed.lesions))) - {0}
     assert labels == set(range(1, len(order) + 1))
+
+
+def test_the_index_lesion_is_of_the_highest_category_then_extends_then_is_the_largest(assessed):
+    first = assessed.findings[0]
+    extending = tuple(replace(s, concept="epe_present") if s.concept == "epe_absent" else s for s in first.rationale)
+    assert extending != first.rationale
+    findings = {
+        "small": replace(first, pirads=4, size_mm=5.0),
+        "large": replace(first, pirads=4, size_mm=9.0),
+        "extends": replace(first, pirads=4, size_mm=5.0, rationale=extending),
+        "worst": replace(first, pirads=5, size_mm=3.0),
+    }
+    order = sorted(findings, key=lambda name: index_first(findings[name]), reverse=True)
+    assert order == ["worst", "extends", "large", "small"]
 
 
 def test_pz_and_tz_share_the_gland(assessed):
@@ -227,9 +241,9 @@ def test_an_unknown_device_is_one_sentence():
 
 
 REAL = [  # case, mask, what these weights reach less a margin, what the issue asks for
-    ("prostatex-0000", "gland", 0.70, 0.80),
-    ("prostatex-0000", "tz", 0.53, 0.65),
-    ("prostatex-0000", "pz", 0.549, 0.55),
+    ("prostatex-0000", "gland", 0.79, 0.80),
+    ("prostatex-0000", "tz", 0.65, 0.65),
+    ("prostatex-0000", "pz", 0.55, 0.55),
     ("prostate158-001", "gland", 0.75, 0.75),
 ]
 

@@ -1,12 +1,15 @@
 """A lesion's answers: who says what, and what happens where mask and image disagree."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from MedRationaleLib.assessment import RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.evidence import heatmap, rank, region_similarity
 from MedRationaleLib.findings import Extension, LesionMeasurement
-from MedRationaleLib.rationale import LesionAnswers
+from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.sectors import Sector
 
 TREE = DecisionTree.load()
@@ -127,3 +130,21 @@ def test_heat_is_between_0_and_1_and_unlike_is_no_evidence():
 
 def test_ties_keep_the_trees_order():
     assert rank(("b", "a", "c"), {"a": 0.1, "b": 0.1, "c": 0.2}) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("concept", "lesion", "contradicts"),
+    [
+        ("dwi_marked_hyperintense", 7.0, "darker"),
+        ("dwi_marked_hyperintense", 30.0, None),
+        ("dwi_normal", 7.0, None),
+    ],
+)
+def test_a_signal_that_the_image_does_not_show_is_a_contradiction(concept, lesion, contradicts):
+    tree = DecisionTree.load()
+    step = RationaleStep(node="dwi_signal", concept=concept, text=tree.bank[concept].text, source="model")
+    found = signal_contradictions([step], tree, {"dwi": (lesion, 18.0)})
+    assert bool(found) == bool(contradicts)
+    if contradicts:
+        assert contradicts in found[0] and "mean 7, median 18" in found[0]
+        assert not signal_contradictions([replace(step, source="reader")], tree, {"dwi": (lesion, 18.0)})

@@ -1,6 +1,7 @@
 """Comparing assessments with an expert's masks."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,10 +58,20 @@ def test_a_found_and_a_missed_lesion_are_counted(scored):
     assert score.best_lesion_dice == 1.0 and len(score.hits) == 1 and score.hits[0].startswith("lesion-1 PZ")
 
 
-def test_the_scores_are_written_and_shown(scored, tmp_path):
-    real_cases.write_scores(scored, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "real_cases.json").read_text())[0]["gland"] == 1.0
+def test_the_scores_are_written_shown_and_read_for_the_card_of_the_same_weights(scored, tmp_path, monkeypatch):
+    weights = SimpleNamespace(sha256="abc")
+    monkeypatch.setattr(real_cases, "load_checkpoint", lambda model: weights)
+    real_cases.write_scores("any", scored, tmp_path / "out")
+    path = tmp_path / "out" / "real_cases.json"
+    assert json.loads(path.read_text())["cases"][0]["gland"] == 1.0
     assert real_cases.table(scored).row_count == 1
+    assert real_cases.read_scores(path, "abc") == scored
+    assert "| 1.000 | 0.000 |" in real_cases.markdown_table(scored)
+    with pytest.raises(InputError, match="got those of others"):
+        real_cases.read_scores(path, "def")
+    path.write_text("[]")
+    with pytest.raises(InputError, match="cannot be used"):
+        real_cases.read_scores(path, "abc")
 
 
 def test_a_folder_without_masks_is_refused(tmp_path):

@@ -200,6 +200,15 @@ def test_texts_from_files_are_escaped(assessment: Assessment) -> None:
     assert len(Page(html).find("script")) == 2
 
 
+@pytest.mark.parametrize(
+    ("category", "words"),
+    [(2, "No finding of category 3 or more. 1 candidate"), (4, "1 finding of category 3 or more; index")],
+)
+def test_the_summary_counts_what_is_suspicious(assessment: Assessment, category: int, words: str) -> None:
+    finding = replace(assessment.findings[0], pirads=category)
+    assert words in build_report(replace(assessment, findings=(finding,)))
+
+
 def test_no_finding_is_said_properly_and_the_slices_stay(assessment: Assessment) -> None:
     page = Page(build_report(empty(assessment)))
     assert "The model marked no lesion" in page.text and "not proof that there is none" in page.text

@@ -89,12 +89,6 @@ def test_a_truncated_file_is_refused_in_words_and_nothing_leaks_to_stderr(tmp_pa
     assert capfd.readouterr().err == ""
 
 
-def test_a_header_without_its_pixel_file_is_refused(tmp_path):
-    path = save(volume(), tmp_path / "t2w.mhd")
-    (tmp_path / "t2w.raw").unlink()
-    refused("truncated or damaged", t2w=path)
-
-
 def test_a_2d_image_is_refused(tmp_path):
     refused("2-D", t2w=save(volume()[:, :, 3], tmp_path / "t2w.nii.gz"))
     refused("2-D", t2w=save(volume()[:, :, 3:4], tmp_path / "one.nii.gz"))
@@ -127,6 +121,27 @@ def test_a_negative_or_absurd_spacing_in_a_metaimage_is_refused(tmp_path, spacin
     path = save(volume(), tmp_path / "t2w.mha")
     path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 2 2 4", b"ElementSpacing = " + spacing.encode()))
     refused("spacing", t2w=path)
+
+
+@pytest.mark.parametrize("spacing", ["-2 2 4", "0 2 4"])
+def test_a_metaimage_that_was_converted_from_nifti_is_checked_as_one(tmp_path, spacing):
+    """SimpleITK copies NIfTI's header keys into it."""
+    converted = sitk.ReadImage(str(save(volume(), tmp_path / "t2w.nii")))
+    assert converted.HasMetaDataKey("bitpix")
+    path = save(converted, tmp_path / "t2w.mha")
+    path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 2 2 4", b"ElementSpacing = " + spacing.encode()))
+    assert "above 0 mm" in refused("spacing", t2w=path)
+
+
+def test_a_header_without_its_voxel_file_names_it(tmp_path):
+    path = save(volume(), tmp_path / "t2w.mhd")
+    (tmp_path / "t2w.raw").unlink()
+    assert "got no file t2w.raw" in refused("copy both files", t2w=path)
+
+
+def test_one_file_given_for_two_sequences_is_refused(tmp_path):
+    t2w, adc = save(volume(), tmp_path / "t2w.nii.gz"), save(volume(seed=1), tmp_path / "adc.nii.gz")
+    refused("DWI: expected another image than the T2W", t2w=t2w, adc=adc, dwi=t2w)
 
 
 @pytest.mark.parametrize("value", [-2.0, 0.0, math.nan])

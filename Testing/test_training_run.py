@@ -163,6 +163,9 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     assert load_checkpoint(folder).training["initial"]["sha256"] == checkpoint.sha256
     card = (folder / "MODEL_CARD.md").read_text()
     assert f"an earlier run (6 steps on tiny, SHA-256 {checkpoint.sha256[:12]}" in card
+    Trainer(replace(begun, out=str(tmp_path / "further"), initial=str(folder))).fit()
+    card = (export_run(tmp_path / "further", tmp_path / "model2") / "MODEL_CARD.md").read_text()
+    assert "Together that is 8 steps." in card
 
 
 # ------------------------------------------------------------------ what cannot work

@@ -18,9 +18,9 @@
       const use = figure.querySelector("use.heat");
       if (use) use.setAttribute("href", shown ? `#h${chosen.value}-${k}` : "");
     });
-    const { s, said } = slices[k];
+    const { s, said, note } = slices[k];
     document.getElementById("where").textContent = `Slice ${k + 1} of ${last + 1} (S ${s.toFixed(1)} mm)`;
-    document.getElementById("said").textContent = said.length ? `Model on this slice as a whole: ${said.join(", ")}` : "";
+    document.getElementById("said").textContent = said.length ? `Model on this slice as a whole: ${said.join(", ")}${note}` : "";
   }
 
   function go(k) {

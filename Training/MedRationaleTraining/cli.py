@@ -151,6 +151,9 @@ def _export_parser() -> ArgumentParser:
         default=None,
         help="evaluation.json of these weights: its figures go into the card and its thresholds into the model.",
     )
+    parser.add_argument(
+        "--scores", type=Path | None, default=None, help="real_cases.json of these weights, by `score`, for the card."
+    )
     return parser
 
 
@@ -167,6 +170,7 @@ def _export(given: Namespace, console: Console) -> None:
         calibrate_on=given.calibrate,
         cases=given.cases,
         evaluation=given.evaluation,
+        scores=given.scores,
     )
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"The model is in {folder} ({size:.1f} MB)")
@@ -211,7 +215,7 @@ def _score(given: Namespace, console: Console) -> None:
     from MedRationaleTraining.real_cases import score_cases, table, write_scores
 
     scores = score_cases(given.model, list(given.cases))
-    write_scores(scores, given.out)
+    write_scores(given.model, scores, given.out)
     console.print(table(scores))
 
 

@@ -25,6 +25,7 @@ from MedRationaleTraining.config import FitConfig
 from MedRationaleTraining.data.synthetic import describe_set
 from MedRationaleTraining.evaluation import markdown
 from MedRationaleTraining.phrases import all_phrases
+from MedRationaleTraining.real_cases import CaseScore, markdown_table, read_scores
 from MedRationaleTraining.trainer import OF_A_MACHINE, RUN, STATE, read_state, store_concept_embeddings
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -38,6 +39,7 @@ def export_run(
     calibrate_on: str | Path | None = None,
     cases: int | None = None,
     evaluation: Path | None = None,
+    scores: Path | None = None,
 ) -> Path:
     """Write the model folder `out` from the run's state and return it.
 
@@ -47,10 +49,11 @@ def export_run(
         config: settings of the run, where it has no run.json.
         calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
         evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
+        scores: real_cases.json of these very weights, for the card.
     """
     report = _read_evaluation(evaluation) if evaluation else None
     if report is not None and (out / CONFIG).exists() and load_checkpoint(out).sha256 == report["weights_sha256"]:
-        return _with_evaluation(out, report)
+        return _with_evaluation(out, report, scores)
     state = read_state(_existing(run / STATE))
     about = _about(run, config)
     settings: dict[str, Any] = about["config"]
@@ -81,19 +84,22 @@ def export_run(
         chosen = calibrate(model, calibrate_on, cases=cases)
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
-    card = model_card(model, training, postprocessing, report, Path(calibrate_on).name if calibrate_on else None)
+    real = read_scores(scores, hashlib.sha256(serialized(model)).hexdigest()) if scores else None
+    set_name = Path(calibrate_on).name if calibrate_on else None
+    card = model_card(model, training, postprocessing, report, set_name, real)
     save_checkpoint(
         model, out, card=card, vocabulary=about["vocabulary"], postprocessing=postprocessing, training=training
     )
     return out
 
 
-def _with_evaluation(folder: Path, report: dict[str, Any]) -> Path:
+def _with_evaluation(folder: Path, report: dict[str, Any], scores: Path | None) -> Path:
     """The same model with the figures in its card, whether or not its run has gone on since."""
     checkpoint = load_checkpoint(folder, with_text=True)
     training = checkpoint.training | {"evaluation": _figures(report)}
     thresholds = _thresholds(report)
-    card = model_card(checkpoint.model, training, thresholds, report, None)
+    real = read_scores(scores, checkpoint.sha256) if scores else None
+    card = model_card(checkpoint.model, training, thresholds, report, None, real)
     save_checkpoint(
         checkpoint.model,
         folder,
@@ -120,6 +126,7 @@ def model_card(
     postprocessing: dict[str, Any],
     report: dict[str, Any] | None,
     calibrated_on: str | None,
+    real: list[CaseScore] | None = None,
 ) -> str:
     """MODEL_CARD.md from its template."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
@@ -132,13 +139,24 @@ def model_card(
         config=training["settings"],
         sets=training["sets"],
         history=training.get("history", []),
-        initial=training.get("initial"),
+        earlier=_earlier(training),
+        real_cases=markdown_table(real) if real else None,
         picai=any(s["picai_labels"] or s["real_backgrounds"] for s in training["sets"]),
         real=any(s["real_backgrounds"] for s in training["sets"]),
         postprocessing=postprocessing,
         calibrated_on=calibrated_on or ("the synthetic validation set" if "calibration" in training else None),
         evaluation=markdown(report).replace("# ", "### ", 1).strip() if report else None,
     )
+
+
+def _earlier(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that the weights went through before, the latest first."""
+    runs = []
+    run = training.get("initial")
+    while run:
+        runs.append({"steps": 0, **run})
+        run = run.get("initial")
+    return runs
 
 
 def _existing(path: Path) -> Path:

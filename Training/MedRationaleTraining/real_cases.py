@@ -15,9 +15,11 @@ from MedRationaleLib.assessment import Assessment
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import write_text
 from MedRationaleLib.inference import Predictor
+from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.study import Study
 from MedRationaleTraining.metrics import dice
 
+SCORES = "real_cases.json"
 MASKS = ("gland", "zones", "lesion")
 OVERLAP = 0.1
 """A finding hits an expert's lesion from this Dice on, as in picai_eval."""
@@ -91,19 +93,56 @@ def _mask(path: Path, reference: sitk.Image) -> np.ndarray | None:
     return sitk.GetArrayFromImage(sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor))
 
 
-def write_scores(scores: list[CaseScore], out: Path) -> None:
-    """real_cases.json."""
+def write_scores(model: str, scores: list[CaseScore], out: Path) -> None:
+    """real_cases.json, with the SHA-256 of the weights that were scored."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "real_cases.json", json.dumps([asdict(s) for s in scores], indent=1))
+    record = {"weights_sha256": load_checkpoint(model).sha256, "cases": [asdict(s) for s in scores]}
+    write_text(out / SCORES, json.dumps(record, indent=1) + "\n")
 
 
-def table(scores: list[CaseScore]) -> Table:
-    """One row a case."""
-    result = Table("case", "missing", "gland", "PZ", "TZ", "lesions found", "findings", "lesion Dice", "hits")
+def read_scores(path: Path, sha256: str) -> list[CaseScore]:
+    """What `write_scores` wrote of these very weights."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        scores = [
+            CaseScore(**{**case, "missing": tuple(case["missing"]), "hits": tuple(case["hits"])})
+            for case in record["cases"]
+        ]
+        scored = record["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"Expected {SCORES} by `score` in {path}, got a file that cannot be used ({error})."
+        ) from error
+    if scored != sha256:
+        raise InputError(f"Expected scores of the exported weights in {path}, got those of others; run `score` again.")
+    return scores
+
+
+COLUMNS = ("case", "missing", "gland", "PZ", "TZ", "lesions found", "findings", "lesion Dice", "hits")
+
+
+def rows(scores: list[CaseScore]) -> list[list[str]]:
+    """A row of COLUMNS for each case."""
+    table = []
     for s in scores:
         figures = ["-" if v is None else f"{v:.3f}" for v in (s.gland, s.pz, s.tz)]
         found = "-" if s.lesions is None else f"{s.lesions_found} of {s.lesions}"
         best = "-" if s.best_lesion_dice is None else f"{s.best_lesion_dice:.3f}"
         missing = ", ".join(s.missing) or "-"
-        result.add_row(s.case, missing, *figures, found, str(s.findings), best, "; ".join(s.hits) or "-")
+        table.append([s.case, missing, *figures, found, str(s.findings), best, "; ".join(s.hits) or "-"])
+    return table
+
+
+def table(scores: list[CaseScore]) -> Table:
+    """For the terminal."""
+    result = Table()
+    for name in COLUMNS:
+        result.add_column(name, overflow="fold")
+    for row in rows(scores):
+        result.add_row(*row)
     return result
+
+
+def markdown_table(scores: list[CaseScore]) -> str:
+    """For the model card."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows(scores)))

@@ -229,7 +229,7 @@ class Trainer:
     def _forget_later_rows(self, path: Path) -> None:
         """Remove what an interrupted run logged after its last checkpoint, for it will be logged again."""
         if path.exists():
-            head, *rows = path.read_text().splitlines()
+            head, *rows = path.read_text(encoding="utf-8").splitlines()
             kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step]
             write_text(path, "\n".join([head, *kept]) + "\n")
 

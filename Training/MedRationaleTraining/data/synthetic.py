@@ -61,9 +61,9 @@ def make_set(out: Path, config: SynthesisConfig) -> int:
     out.mkdir(parents=True, exist_ok=True)
     stamp = out / STAMP
     wanted = json.dumps({k: v for k, v in asdict(config).items() if k not in ("workers", "cases")})
-    if stamp.exists() and stamp.read_text() != wanted:
+    if stamp.exists() and stamp.read_text(encoding="utf-8") != wanted:
         raise InputError(
-            f"Expected a set made with the same settings in {out}, got {stamp.read_text()}; "
+            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding='utf-8')}; "
             "choose another folder or remove this one."
         )
     write_text(stamp, wanted)
@@ -153,7 +153,7 @@ def _make_one(index: int, *, out: Path, config: SynthesisConfig) -> None:
 def describe_set(folder: str | Path) -> dict[str, Any]:
     """What a set is made of, without the paths of the machine that made it."""
     folder = Path(folder)
-    stamp = json.loads((folder / STAMP).read_text()) if (folder / STAMP).exists() else {}
+    stamp = json.loads((folder / STAMP).read_text(encoding="utf-8")) if (folder / STAMP).exists() else {}
     return {
         "name": folder.name,
         "examinations": len(stored_exams(folder)),
@@ -181,7 +181,7 @@ class StoredExam:
     def open(cls, folder: Path) -> StoredExam:
         """Map the arrays; nothing is read yet."""
         try:
-            data = json.loads((folder / "rationales.json").read_text())
+            data = json.loads((folder / "rationales.json").read_text(encoding="utf-8"))
             labels = np.load(folder / "labels.npy", mmap_mode="r")
             return cls(
                 images=np.load(folder / "images.npy", mmap_mode="r"),
