@@ -111,6 +111,7 @@ def _files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(place)
+        folders.sort()  # so that it is always the same way that leads to a place with several
         found += [path for path in (Path(parent) / name for name in names) if path.is_file()]
     return sorted(found)
 

@@ -167,10 +167,7 @@ def lesion_candidates(
 
 
 def clean_gland(probability: Array, spacing: tuple[float, ...], config: PostprocessingConfig) -> Mask:
-    """(z, y, x) probability -> the largest piece after opening, one piece a slice, without holes.
-
-    In 250 expert label maps of PI-CAI, keeping one piece a slice takes 0.05 % of the gland.
-    """
+    """(z, y, x) probability -> the largest piece after opening, one piece a slice, without holes."""
     mask = probability >= config.gland_threshold
     opened = opening(mask, spacing, config.gland_opening_mm)
     mask = ndimage.binary_fill_holes(_largest(opened if opened.any() else mask))

@@ -125,7 +125,7 @@ def build_report(assessment: Assessment) -> str:
         pictures=pictures,
         key_slice=views[0].slice if views else pictures.key_slice(None),
         heats=[pictures.heat(key) for key in assessment.evidence],
-        colors={name: segment_color(name) for name in ("gland", "pz", "tz", "lesion")},
+        colors={name: segment_color(name) for name in ("gland", "tz", "lesion")},
         heat_gradient=", ".join(f"rgb{color} {100 * stop:.0f}%" for stop, color in HEAT_STOPS),
         names=SEQUENCE_NAMES,
         zone_names=ZONE_NAMES,

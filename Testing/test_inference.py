@@ -71,7 +71,7 @@ def reoriented(image):
 
 
 def resampled(image):
-    """Stored on a finer lattice in plane, same field of view; by cubic splines, for linear interpolation blurs it."""
+    """Stored on a finer lattice in plane, same field of view."""
     size = [round(n * 1.25) for n in image.GetSize()[:2]] + [image.GetSize()[2]]
     spacing = [s * n / m for s, n, m in zip(image.GetSpacing(), image.GetSize(), size, strict=True)]
     shift = [(a - b) / 2 if a != b else 0.0 for a, b in zip(spacing, image.GetSpacing(), strict=True)]
@@ -81,7 +81,7 @@ def resampled(image):
         image,
         size,
         sitk.Transform(),
-        sitk.sitkBSpline,
+        sitk.sitkLinear,
         origin.tolist(),
         spacing,
         image.GetDirection(),
@@ -91,16 +91,16 @@ def resampled(image):
 
 
 FALLS_SHORT = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a figure that the issue asks for and that these weights miss"
+    strict=True, raises=AssertionError, reason="what is asked of the model and these weights miss"
 )
-STORAGE = [flipped, rotated, reoriented]
+STORAGE = [flipped, rotated, reoriented, pytest.param(resampled, marks=FALLS_SHORT)]
 
 
 def name_of(value):
     return getattr(value, "__name__", None)
 
 
-def assert_same(first, second, *, lesions=0.98):
+def assert_same(first, second):
     for name in ("gland", "pz", "tz"):
         assert dice(getattr(first, name), getattr(second, name)) >= 0.98, name
     assert len(first.findings) == len(second.findings)
@@ -109,7 +109,7 @@ def assert_same(first, second, *, lesions=0.98):
             b.zone, b.sector, b.t2w_score, b.dwi_score, b.pirads)  # fmt: skip
         assert math.dist(a.center_mm, b.center_mm) < 2.0
     if first.findings:
-        assert dice(first.lesions, second.lesions) >= lesions
+        assert dice(first.lesions, second.lesions) >= 0.98
 
 
 @pytest.mark.parametrize("store", STORAGE, ids=name_of)
@@ -122,13 +122,6 @@ def test_a_phantom_stored_in_another_way_gives_the_same_masks_and_findings(predi
 def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, prostatex_assessed, store):
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
     assert_same(prostatex_assessed, predictor.assess(copy))
-
-
-def test_a_copy_on_a_finer_lattice_gives_the_same(predictor, phantom, assessed, prostatex, prostatex_assessed):
-    """Lesions of 0.1 ml are as wide as their edge is uncertain: 0.1 mm along 20 mm of edge is 0.03 of Dice."""
-    for study, expected in ((phantom, assessed), (prostatex, prostatex_assessed)):
-        copy = Study.from_images(**{name: resampled(image) for name, image in images(study).items()})
-        assert_same(expected, predictor.assess(copy), lesions=0.95)
 
 
 def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_assessed, shared_data):
@@ -161,12 +154,21 @@ def test_every_evidence_key_has_a_heatmap_in_0_to_1_on_the_t2w_grid(assessed):
         assert values.dtype == np.float32 and values.min() >= 0 and values.max() <= 1 and values.max() > 0
 
 
-def test_findings_are_ordered_by_suspicion_and_numbered(assessed):
-    order = [(f.pirads, f.size_mm) for f in assessed.findings]
+def are_ordered_and_numbered(assessed):
+    order = [index_first(f) for f in assessed.findings]
     assert order == sorted(order, reverse=True)
     assert [f.id for f in assessed.findings] == [f"lesion-{f.label}" for f in assessed.findings]
     labels = set(np.unique(sitk.GetArrayViewFromImage(assessed.lesions))) - {0}
     assert labels == set(range(1, len(order) + 1))
+
+
+def test_findings_are_ordered_by_suspicion_and_numbered(assessed):
+    are_ordered_and_numbered(assessed)
+
+
+def test_findings_of_a_real_case_are_ordered_by_suspicion_and_numbered(prostatex_assessed):
+    are_ordered_and_numbered(prostatex_assessed)
+    assert len(prostatex_assessed.findings) > 1
 
 
 def test_the_index_lesion_is_of_the_highest_category_then_extends_then_is_the_largest(assessed):
@@ -247,7 +249,7 @@ def test_an_unknown_device_is_one_sentence():
         Predictor.load("compact", device="abacus")
 
 
-REAL = [  # case, mask, what these weights reach less a margin, what the issue asks for
+REAL = [  # case, mask, what these weights reach less a margin, what is asked of them
     ("prostatex-0000", "gland", 0.79, 0.80),
     ("prostatex-0000", "tz", 0.65, 0.65),
     ("prostatex-0000", "pz", 0.55, 0.55),

@@ -23,7 +23,7 @@ from sample_assessments import (
     prostatex_assessment,
 )
 
-from MedRationaleLib.assessment import Assessment
+from MedRationaleLib.assessment import Assessment, Candidate, SliceRationale
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.report import STEP_COLORS, build_report
 from MedRationaleLib.report_images import ReportPictures
@@ -198,6 +198,19 @@ def test_texts_from_files_are_escaped(assessment: Assessment) -> None:
     html = build_report(replace(assessment, study=study, findings=(finding,), slices=slices, manifest={"model": evil}))
     assert "<script>alert" not in html and "</script><b>" not in html
     assert len(Page(html).find("script")) == 2
+
+
+def test_a_slice_whose_answer_denies_the_lesion_on_it_says_so(assessment: Assessment) -> None:
+    finding = assessment.findings[0]
+    index = int((sitk.GetArrayFromImage(assessment.lesions) == finding.label).any((1, 2)).argmax())
+    for concept, denied in (("lesion_absent", True), ("lesion_present", False)):
+        said = SliceRationale(
+            slice_index=index,
+            position_mm=(0.0, 0.0, 0.0),
+            answers={"lesion_presence": Candidate(concept=concept, similarity=0.5)},
+        )
+        html = build_report(replace(assessment, findings=(finding,), slices=(said,)))
+        assert (f"which contradicts {finding.id} marked here" in html) == denied
 
 
 @pytest.mark.parametrize(

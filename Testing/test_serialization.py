@@ -18,7 +18,7 @@ from MedRationaleLib.output import OutputPaths, write_results
 from MedRationaleLib.resources import resource_path
 from MedRationaleLib.serialization import assessment_to_dict, load_assessment, plain, to_json, validate
 
-ISSUE_KEYS = {
+PROMISED_KEYS = {
     "finding": {"id", "zone", "sector", "size_mm", "volume_ml", "center_mm", "likelihood", "t2w_score", "dwi_score"}
     | {"pirads", "rationale"},
     "step": {"node", "concept", "similarity", "source", "evidence"},
@@ -43,9 +43,9 @@ def test_the_schema_is_itself_valid_and_the_written_file_follows_it(written: Out
 
 def test_findings_and_steps_have_the_documented_keys(written: OutputPaths) -> None:
     for finding in json.loads(written.assessment.read_text())["findings"]:
-        assert ISSUE_KEYS["finding"] <= finding.keys()
+        assert PROMISED_KEYS["finding"] <= finding.keys()
         for step in finding["rationale"]:
-            assert ISSUE_KEYS["step"] <= step.keys()
+            assert PROMISED_KEYS["step"] <= step.keys()
 
 
 def test_every_path_in_the_file_exists_and_the_manifest_lists_every_file(written: OutputPaths) -> None:
