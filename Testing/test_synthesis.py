@@ -12,6 +12,7 @@ from MedRationaleLib.synthesis.acquisition import acquire_diffusion, double, hal
 from MedRationaleLib.synthesis.anatomy import random_placement
 from MedRationaleLib.synthesis.exam import SyntheticExam
 from MedRationaleLib.synthesis.fields import PIXEL_MM, PIXELS, Canvas, smooth_noise
+from MedRationaleLib.synthesis.gland import paint_calcifications
 from MedRationaleLib.synthesis.regions import (
     PROFILES,
     draw_answers,
@@ -93,6 +94,28 @@ def test_the_phantom_is_one_gland_with_a_transition_zone_in_it_of_the_asked_volu
     anatomy = phantom_anatomy(np.random.default_rng(0), volume_ml=50)
     assert (anatomy.gland.sum() * 3 * PIXEL_MM**2 / 1000) == pytest.approx(50, rel=0.2)
     assert 0.2 < (anatomy.zones == 2).sum() / anatomy.gland.sum() < 0.8
+
+
+def test_calcifications_have_no_signal_on_any_sequence_and_spare_what_is_taken() -> None:
+    rng = np.random.default_rng(5)
+    anatomy = phantom_anatomy(rng, volume_ml=60)
+    taken = np.zeros(anatomy.gland.shape, bool)
+    taken[:, :, PIXELS // 2 :] = True
+    seen = 0
+    for seed in range(8):
+        canvas = Canvas.blank(np.random.default_rng(seed), anatomy.gland.shape[0])
+        canvas.t2w += REFERENCE
+        canvas.s0 += 0.8
+        canvas.adc += 1.6
+        for box, mask in paint_calcifications(canvas, anatomy, taken, np.random.default_rng(seed)):
+            core = mask > 0.98
+            seen += core.sum()
+            assert (canvas.t2w[box][core] < 0.2).all()
+            assert (canvas.s0[box][core] < 0.2).all()
+            assert (canvas.adc[box][core] < 1.1).all()
+            for kept_clear in (taken, anatomy.zones == 0):
+                assert mask[binary_erosion(kept_clear, iterations=4)[box]].max(initial=0) < 0.02
+    assert seen > 20
 
 
 # ------------------------------------------------------------------ appearance

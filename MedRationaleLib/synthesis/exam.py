@@ -12,8 +12,8 @@ import numpy as np
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.synthesis.acquisition import DiffusionTarget, acquire_diffusion, acquire_t2w, field_of_view
 from MedRationaleLib.synthesis.anatomy import Anatomy
-from MedRationaleLib.synthesis.fields import Canvas, Volume
-from MedRationaleLib.synthesis.gland import paint_gland, soft
+from MedRationaleLib.synthesis.fields import Canvas, Volume, uniform
+from MedRationaleLib.synthesis.gland import paint_calcifications, paint_gland, soft
 from MedRationaleLib.synthesis.pelvis import paint_pelvis
 from MedRationaleLib.synthesis.regions import (
     PROFILES,
@@ -106,11 +106,14 @@ def synthesize(
     else:
         reference, nodules = paint_gland(canvas, anatomy)
     regions, rationales, targets = _paint_regions(canvas, anatomy, reference, nodules, cancers)
+    voids = rng.spawn(1)[0]
+    for box, mask in paint_calcifications(canvas, anatomy, regions > 0, voids):
+        targets.append((box, mask, uniform(voids, 0.02, 0.3)))
 
     diffusion = None
     if real is not None and real.adc is not None and real.dwi is not None:
         where = np.ones_like(around) if real.interior == "diffusion" else around
-        for _, (box, mask, _ratio) in zip(rationales, targets, strict=False):
+        for box, mask, _ratio in targets:
             where[box] *= 1 - mask
         diffusion = (where, real.adc, real.dwi)
     adc, dwi, b_value = acquire_diffusion(canvas, targets, anatomy.gland, rng, diffusion)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from MedRationaleLib.synthesis.anatomy import Anatomy
-from MedRationaleLib.synthesis.fields import Canvas, Tissue, Volume, uniform
+from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM, Box, Canvas, Tissue, Volume, uniform
 from MedRationaleLib.synthesis.pelvis import gland_frame
 
 PERIPHERAL = Tissue(t2w=0.70, s0=0.85, adc=1.65, t2w_texture=0.09, adc_texture=0.14, grain_mm=4)
@@ -123,3 +123,38 @@ def _paint_midline(canvas: Canvas, anatomy: Anatomy) -> None:
                 warp=0.2,
                 soft_mm=1.5,
             )
+
+
+def paint_calcifications(
+    canvas: Canvas, anatomy: Anatomy, taken: np.ndarray, rng: np.random.Generator
+) -> list[tuple[Box, Volume]]:
+    """Clumps of specks without signal on any sequence, in half of the glands; returns box and soft mask of each.
+
+    They lie about the surgical capsule and the urethra; being dark on T2W and ADC they
+    resemble a small lesion, and being dark on DWI they are none. `taken` (S, H, W) bool is kept clear of them.
+    """
+    tz = anatomy.zones == 2
+    if rng.random() < 0.5 or not tz.any():
+        return []
+    spacing = (SLICE_MM, PIXEL_MM, PIXEL_MM)
+    to_border = distance_transform_edt(tz, sampling=spacing) + distance_transform_edt(~tz, sampling=spacing)
+    centre = abs(canvas.x - float(canvas.x[0, 0, np.argwhere(tz)[:, 2]].mean())) < 6
+    places = np.argwhere((anatomy.zones > 0) & ~taken & ((to_border < 3) | centre))
+    free = 1 - soft(taken, 0.9)
+    painted = []
+    for s, r, c in places[rng.integers(len(places), size=rng.integers(1, 7))] if len(places) else ():
+        x, y = float(canvas.x[0, 0, c]), float(canvas.y[0, r, 0])
+        along = (np.abs(np.arange(tz.shape[0]) - s) <= rng.integers(0, 2)).astype(float)
+        for _ in range(int(rng.integers(1, 4))):
+            radii = np.exp(rng.normal(np.log(2.0), 0.4, 2))
+            dx, dy = rng.normal(0, 1.5, 2)
+            mask, box = canvas.ellipse(
+                x + dx, y + dy, radii[0] * along, radii[1] * along, angle=uniform(rng, 0, 3), soft_mm=0.6
+            )
+            if not mask.size:
+                continue
+            mask = mask * free[box] * soft(anatomy.gland, 0.5)[box]
+            for image, value in ((canvas.t2w, (0.02, 0.14)), (canvas.s0, (0.01, 0.12)), (canvas.adc, (0.2, 1.0))):
+                image[box] += mask * (uniform(rng, *value) - image[box])
+            painted.append((box, mask))
+    return painted
