@@ -77,6 +77,11 @@ class Masks:
     lesions: sitk.Image
     """0 or the candidate's label, 1 the likeliest."""
 
+    def on(self, reference: sitk.Image) -> Masks:
+        """The same masks on the grid of `reference`, by nearest neighbour; 0 beyond their own grid."""
+        nearest = sitk.sitkNearestNeighbor
+        return Masks(**{n: sitk.Resample(i, reference, sitk.Transform(), nearest) for n, i in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlandMeasurement:

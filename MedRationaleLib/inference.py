@@ -61,6 +61,16 @@ class Prediction:
     slice_similarity: np.ndarray
     """(S, K) the same for every slice's mean embedding."""
 
+    def masks(self, config: PostprocessingConfig, t2w: sitk.Image) -> Masks:
+        """Clean masks on the grid of `t2w`, as that is stored.
+
+        They are decided on the coarser of its lattice and the crop's: on the crop's for every T2W that is stored at
+        least as finely, and then copied by nearest neighbour, so that finer storage changes no outline.
+        """
+        grid = self.grid.coarsened(Grid.of(t2w))
+        images = (grid.image(grid.from_reference(self.grid.image(p))) for p in self.probabilities)
+        return clean_masks(dict(zip(CLASSES, images, strict=True)), config).on(t2w)
+
     def gland_centre(self) -> tuple[np.ndarray | None, float]:
         """Centroid (LPS mm) and volume (ml) of the raw gland mask; None where there is none."""
         image = self.grid.image((self.probabilities[0] > 0.5).astype(np.uint8))
@@ -154,15 +164,12 @@ class Predictor:
         prediction = self._predict(study, clock, report)
         report("masks", 0.0)
         with clock.time("masks"):
-            probabilities = {
-                name: prediction.grid.to_reference(p, study.t2w)
-                for name, p in zip(CLASSES, prediction.probabilities, strict=True)
-            }
-            masks = clean_masks(probabilities, self.postprocessing)
+            masks = prediction.masks(self.postprocessing, study.t2w)
+            lesion_probability = prediction.grid.to_reference(prediction.probabilities[3], study.t2w)
         report("findings", 0.0)
         with clock.time("findings"):
             gland = measure_gland(masks.gland)
-            measured = self._measure(masks, probabilities) if gland else ()
+            measured = self._measure(masks, lesion_probability) if gland else ()
             findings = [self._finding(m, masks, prediction, study, tree, retrieval) for m in measured]
             findings.sort(key=index_first, reverse=True)
             findings = [_numbered(f, i) for i, f in enumerate(findings, start=1)]
@@ -257,10 +264,8 @@ class Predictor:
 
     # ------------------------------------------------------------ findings
 
-    def _measure(self, masks: Masks, probabilities: Mapping[str, sitk.Image]) -> tuple[LesionMeasurement, ...]:
-        return measure_lesions(
-            masks.lesions, probabilities["lesion"], masks.gland, masks.pz, masks.tz, self.postprocessing
-        )
+    def _measure(self, masks: Masks, probability: sitk.Image) -> tuple[LesionMeasurement, ...]:
+        return measure_lesions(masks.lesions, probability, masks.gland, masks.pz, masks.tz, self.postprocessing)
 
     def _finding(
         self,

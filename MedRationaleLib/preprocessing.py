@@ -64,12 +64,14 @@ class Grid:
 
     @classmethod
     def for_image(cls, image: sitk.Image, spec: CropSpec, center_mm: Sequence[float] | None = None) -> Grid:
-        """As for_study. The lattice starts at the first voxel of the LPS-oriented image and the crop moves by whole
-        voxels, so an image that has the spec's spacing already is copied, not interpolated."""
+        """As for_study. The lattice starts at the corner of the LPS-oriented image, not at its first voxel's centre, so
+        it is the same however finely that field of view is stored; and the crop moves by whole voxels, so an image
+        that has the spec's spacing already is copied, not interpolated."""
         stored = cls.of(image)
         if center_mm is None:
             center_mm = stored.index_to_point((np.array(stored.size) - 1) / 2).tolist()
-        lattice = replace(stored, spacing=spec.spacing_mm, size=spec.size)
+        first = stored.index_to_point((np.array(spec.spacing_mm) / stored.spacing - 1) / 2)
+        lattice = replace(stored, origin=_triple(first), spacing=spec.spacing_mm, size=spec.size)
         start = lattice.point_to_index(np.asarray(center_mm, dtype=float)) - (np.array(spec.size) - 1) / 2
         start = np.floor(start + 0.5 + 1e-6)  # ties go one way, whatever the rounding noise of the stored geometry
         return replace(lattice, origin=_triple(lattice.index_to_point(start)))
@@ -95,6 +97,18 @@ class Grid:
             origin=_triple(self.index_to_point(shift)),
             spacing=_triple(spacing),
             size=(width, height, self.size[2]),
+        )
+
+    def coarsened(self, other: Grid) -> Grid:
+        """This grid, but along each axis where `other`, whose axes are parallel, is coarser, that one's lattice."""
+        coarser = np.array(other.spacing) > np.array(self.spacing) * (1 + 1e-3)
+        origin = np.where(coarser, self.point_to_index(other.origin), 0.0)
+        x, y, z = (int(n) for n in np.where(coarser, other.size, self.size))
+        return replace(
+            self,
+            origin=_triple(self.index_to_point(origin)),
+            spacing=_triple(np.where(coarser, other.spacing, self.spacing)),
+            size=(x, y, z),
         )
 
     def index_to_point(self, index: npt.ArrayLike) -> npt.NDArray[np.float64]:
