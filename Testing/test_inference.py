@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.inference import Predictor, index_first
+from MedRationaleLib.inference import Predictor, Stopwatch, index_first
 from MedRationaleLib.phantom import write_phantom
 from MedRationaleLib.study import Study
 
@@ -122,6 +122,26 @@ def test_a_phantom_stored_in_another_way_gives_the_same_masks_and_findings(predi
 def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, prostatex_assessed, store):
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
     assert_same(prostatex_assessed, predictor.assess(copy))
+
+
+def test_gland_and_zones_of_copies_on_a_finer_lattice_agree_whatever_the_lesions_do(
+    predictor, phantom, assessed, prostatex, prostatex_assessed
+):
+    for study, first in ((phantom, assessed), (prostatex, prostatex_assessed)):
+        copy = Study.from_images(**{name: resampled(image) for name, image in images(study).items()})
+        second = predictor.assess(copy)
+        for name in ("gland", "pz", "tz"):
+            assert dice(getattr(first, name), getattr(second, name)) >= 0.98, name
+
+
+@pytest.mark.parametrize("store", [flipped, rotated, reoriented, resampled], ids=name_of)
+def test_masks_of_a_t2w_as_fine_as_the_crop_depend_on_no_lattice(predictor, prostatex, store):
+    """One and the same prediction, decided for the T2W as it came and for its copy: no outline moves."""
+    copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
+    prediction = predictor._predict(prostatex, Stopwatch(), lambda *_: None)
+    first, second = (prediction.masks(predictor.postprocessing, study.t2w) for study in (prostatex, copy))
+    for name in ("gland", "pz", "tz", "lesions"):
+        assert dice(getattr(first, name), getattr(second, name)) == 1.0, name
 
 
 def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_assessed, shared_data):
