@@ -104,7 +104,7 @@ class Assessment:
     """uint8, 0 or Finding.label."""
     findings: tuple[Finding, ...]
     evidence: dict[str, sitk.Image]
-    """"<finding id>/<concept id>" -> float32 heatmap in [0, 1]."""
+    """Concept id -> float32 heatmap in [0, 1]."""
     evidence_resolution_mm: float
     """Side of the image patch that one value of a heatmap stands for, before upsampling."""
     slices: tuple[SliceRationale, ...]

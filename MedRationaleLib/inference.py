@@ -169,10 +169,13 @@ class Predictor:
         report("findings", 0.0)
         with clock.time("findings"):
             gland = measure_gland(masks.gland)
-            measured = self._measure(masks, lesion_probability) if gland else ()
+            measured = (
+                measure_lesions(masks.lesions, lesion_probability, masks.gland, masks.pz, masks.tz, self.postprocessing)
+                if gland
+                else ()
+            )
             findings = [self._finding(m, masks, prediction, study, tree, retrieval) for m in measured]
             findings.sort(key=index_first, reverse=True)
-            findings = [_numbered(f, i) for i, f in enumerate(findings, start=1)]
             slices = self._slices(study, prediction, tree)
         report("evidence", 0.0)
         with clock.time("evidence"):
@@ -191,7 +194,7 @@ class Predictor:
             pz=masks.pz,
             tz=masks.tz,
             lesions=sitk.ChangeLabel(masks.lesions, changeMap={f.label: i for i, f in enumerate(findings, start=1)}),
-            findings=tuple(replace(f, label=i) for i, f in enumerate(findings, start=1)),
+            findings=tuple(replace(f, id=f"lesion-{i}", label=i) for i, f in enumerate(findings, start=1)),
             evidence=evidence,
             evidence_resolution_mm=self.model.patch_mm,
             slices=slices,
@@ -264,9 +267,6 @@ class Predictor:
 
     # ------------------------------------------------------------ findings
 
-    def _measure(self, masks: Masks, probability: sitk.Image) -> tuple[LesionMeasurement, ...]:
-        return measure_lesions(masks.lesions, probability, masks.gland, masks.pz, masks.tz, self.postprocessing)
-
     def _finding(
         self,
         lesion: LesionMeasurement,
@@ -310,16 +310,13 @@ class Predictor:
     def _evidence(
         self, findings: list[Finding], prediction: Prediction, study: Study, report: Progress
     ) -> dict[str, sitk.Image]:
-        """One heatmap a concept that a finding's rationale names; findings that share a concept share the image."""
-        images: dict[str, sitk.Image] = {}
+        """Concept -> its heatmap, of the concepts that a finding's rationale shows; findings share them."""
+        concepts = dict.fromkeys(s.evidence for f in findings for s in f.rationale if s.evidence)
         evidence = {}
-        keys = [(f, s) for f in findings for s in f.rationale if s.evidence]
-        for done, (_, step) in enumerate(keys):
-            if step.concept not in images:
-                index = self.model.concepts.index(step.concept)
-                images[step.concept] = evidence_image(prediction.similarity[index], prediction.grid, study.t2w)
-            evidence[str(step.evidence)] = images[step.concept]
-            report("evidence", (done + 1) / len(keys))
+        for done, concept in enumerate(concepts, start=1):
+            similarity = prediction.similarity[self.model.concepts.index(concept)]
+            evidence[concept] = evidence_image(similarity, prediction.grid, study.t2w)
+            report("evidence", done / len(concepts))
         return evidence
 
     def _slices(self, study: Study, prediction: Prediction, tree: DecisionTree) -> tuple[SliceRationale, ...]:
@@ -396,13 +393,6 @@ def index_first(finding: Finding) -> tuple[int, bool, float]:
     """The order of findings, the largest first: category, then extension, then size (PI-RADS v2.1, index lesion)."""
     extends = any(step.concept == "epe_present" for step in finding.rationale)
     return finding.pirads, extends, finding.size_mm
-
-
-def _numbered(finding: Finding, number: int) -> Finding:
-    """The finding as the `number`-th, its evidence keys with it."""
-    id = f"lesion-{number}"
-    steps = (replace(s, evidence=f"{id}/{s.concept}") if s.evidence else s for s in finding.rationale)
-    return replace(finding, id=id, rationale=tuple(steps))
 
 
 def _mostly_air(given: ModelInput) -> bool:

@@ -77,7 +77,7 @@ class LesionAnswers:
                     if c != concept
                 ),
                 measurement=measurement,
-                evidence=f"lesion-{lesion.label}/{concept}" if asked and not unseen else None,
+                evidence=concept if asked and not unseen else None,
                 weakened_by=tuple(s for s in node.sequences if s in self._missing),
             )
         )

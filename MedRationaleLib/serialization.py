@@ -45,7 +45,7 @@ class StudyRecord:
 
 
 def evidence_path(key: str) -> str:
-    """Path in the output folder of the evidence "<finding id>/<concept id>"."""
+    """Path in the output folder of a concept's heatmap."""
     return f"{EVIDENCE_FOLDER}/{re.sub(r'[^A-Za-z0-9_-]+', '_', key)}.nrrd"
 
 

@@ -47,7 +47,7 @@ def rationale(tree) -> tuple[RationaleStep, ...]:
                 if retrieved
                 else (),
                 measurement="12.4 mm" if node_id == "size" else None,
-                evidence=f"lesion-1/{concept}",
+                evidence=concept,
                 weakened_by=("adc",) if "adc" in node.sequences else (),
             )
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion, grey_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, grey_erosion
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.synthesis import Anatomy, phantom_anatomy, synthesize
+from MedRationaleLib.synthesis import exam as examination
 from MedRationaleLib.synthesis.acquisition import acquire_diffusion, double, half
 from MedRationaleLib.synthesis.anatomy import random_placement
-from MedRationaleLib.synthesis.exam import SyntheticExam
+from MedRationaleLib.synthesis.exam import RealBackground, SyntheticExam
 from MedRationaleLib.synthesis.fields import PIXEL_MM, PIXELS, Canvas, smooth_noise
 from MedRationaleLib.synthesis.gland import paint_calcifications
 from MedRationaleLib.synthesis.regions import (
@@ -116,6 +117,38 @@ def test_calcifications_have_no_signal_on_any_sequence_and_spare_what_is_taken()
             for kept_clear in (taken, anatomy.zones == 0):
                 assert mask[binary_erosion(kept_clear, iterations=4)[box]].max(initial=0) < 0.02
     assert seen > 20
+
+
+def test_calcifications_stand_in_an_examination_over_a_real_background_too(monkeypatch) -> None:
+    anatomy = phantom_anatomy(np.random.default_rng(0), volume_ml=60)
+    flat = np.ones(anatomy.gland.shape, np.float32)
+    real = RealBackground(t2w=0.7 * flat, adc=1.6 * flat, dwi=flat, interior="diffusion")
+    drawn: list[tuple] = []
+
+    def recorded(*given):
+        drawn.extend(paint_calcifications(*given))
+        return list(drawn)
+
+    for seed in range(8):
+        drawn.clear()
+        pair = []
+        for paint_them in (recorded, lambda *_: []):
+            monkeypatch.setattr(examination, "paint_calcifications", paint_them)
+            rng = np.random.default_rng(seed)
+            pair.append(
+                synthesize(anatomy, rng, background=lambda *_: real, cancers=0, crop_field_of_view=False).images
+            )
+        if drawn:
+            break
+    core = np.zeros(anatomy.gland.shape, bool)
+    for box, mask in drawn:
+        core[box] |= mask > 0.9
+    t2w, adc, dwi = (with_them[core].mean() / without[core].mean() for with_them, without in zip(*pair, strict=True))
+    assert max(t2w, adc, dwi) < 0.8
+    outside = ~binary_dilation(core, iterations=30)
+    assert all(
+        np.median(a[outside]) == pytest.approx(np.median(b[outside]), rel=0.05) for a, b in zip(*pair, strict=True)
+    )
 
 
 # ------------------------------------------------------------------ appearance

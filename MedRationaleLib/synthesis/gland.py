@@ -130,8 +130,8 @@ def paint_calcifications(
 ) -> list[tuple[Box, Volume]]:
     """Clumps of specks without signal on any sequence, in half of the glands; returns box and soft mask of each.
 
-    They lie about the surgical capsule and the urethra; being dark on T2W and ADC they
-    resemble a small lesion, and being dark on DWI they are none. `taken` (S, H, W) bool is kept clear of them.
+    They lie about the surgical capsule and the urethra; being dark on T2W and ADC they resemble a small lesion, and
+    being dark on DWI they are none. `taken` (S, H, W) bool is kept clear of them.
     """
     tz = anatomy.zones == 2
     if rng.random() < 0.5 or not tz.any():
