@@ -162,10 +162,11 @@ def test_t2w_signal_is_ordered_as_the_words_are(zone: str) -> None:
     assert all(np.diff(ratios) < -0.1)
 
 
-def test_adc_is_ordered_as_the_words_are() -> None:
+@pytest.mark.parametrize(("zone", "between"), [("zone_pz", (0.96, 1.3)), ("zone_tz", (0.87, 1.17))])
+def test_adc_is_ordered_as_the_words_are_and_between_them_lies_a_gap(zone: str, between: tuple[float, float]) -> None:
     words = ("adc_marked_hypointense", "adc_mild_hypointense", "adc_normal")
-    marked, mild, normal = (mean_over_seeds("adc", adc_signal=word) for word in words)
-    assert marked < 0.8 < mild < 1.2 < normal
+    marked, mild, normal = (mean_over_seeds("adc", zone=zone, adc_signal=word) for word in words)
+    assert marked < between[0] < mild < between[1] < normal
 
 
 def test_the_high_b_signal_is_ordered_as_the_words_are() -> None:

@@ -148,14 +148,21 @@ def measured_shape(mask: np.ndarray) -> str:
     return "lenticular" if props.axis_major_length / minor >= 1.8 else "round_oval"
 
 
+# Measured over a lesion, signals are milder than the words sound: partial volume and noise are in them. PI-RADS v2.1
+# names 0.75 to 0.9e-3 mm^2/s as ADC thresholds of significant cancer; at b = 800 to 1000 s/mm^2 a lesion that readers
+# score 4 can be no brighter than 1.7 times its zone.
 _T2W_FACTOR = {  # of the zone's reference: (PZ, TZ)
     "t2w_hyperintense": ((1.0, 1.25), (1.2, 1.8)),
-    "t2w_mild_hypointense": ((0.68, 0.84), (0.76, 0.90)),
-    "t2w_moderate_hypointense": ((0.42, 0.58), (0.52, 0.68)),
-    "t2w_marked_hypointense": ((0.20, 0.32), (0.30, 0.42)),
+    "t2w_mild_hypointense": ((0.72, 0.86), (0.78, 0.90)),
+    "t2w_moderate_hypointense": ((0.46, 0.66), (0.54, 0.70)),
+    "t2w_marked_hypointense": ((0.20, 0.36), (0.30, 0.44)),
 }
-_ADC = {"adc_normal": (1.3, 1.7), "adc_mild_hypointense": (0.92, 1.15), "adc_marked_hypointense": (0.45, 0.75)}
-_DWI = {"dwi_normal": (0.8, 1.1), "dwi_mild_hyperintense": (1.35, 1.75), "dwi_marked_hyperintense": (2.3, 4.0)}
+_ADC = {  # 1e-3 mm^2/s: (PZ, TZ)
+    "adc_normal": ((1.35, 1.75), (1.25, 1.6)),
+    "adc_mild_hypointense": ((1.0, 1.25), (0.92, 1.1)),
+    "adc_marked_hypointense": ((0.45, 0.92), (0.45, 0.82)),
+}
+_DWI = {"dwi_normal": (0.8, 1.1), "dwi_mild_hyperintense": (1.3, 1.6), "dwi_marked_hyperintense": (1.7, 3.8)}
 _EDGE_MM = {
     "circumscribed": 0.7,
     "non_circumscribed": 3.2,
@@ -180,7 +187,7 @@ def paint_region(
         depth = depth + uniform(rng, 0.6, 1.4) * canvas.textures.sample(4.0, box)
     blend = (1 / (1 + np.exp(np.clip(-4 * depth / width, -30, 30)))).astype(np.float32)
     t2w = max(reference_t2w * uniform(rng, *_T2W_FACTOR[answers["t2w_signal"]][zone]), 0.07)
-    adc = uniform(rng, *_ADC[answers["adc_signal"]])
+    adc = uniform(rng, *_ADC[answers["adc_signal"]][zone])
     heterogeneous = answers["homogeneity"] == "heterogeneous"
     amount = uniform(rng, 0.22, 0.38) if heterogeneous else uniform(rng, 0.01, 0.06)
     # A texture of zero mean within the region, so that heterogeneity does not change the signal level.
