@@ -62,7 +62,7 @@ def _profile(zone: int, t2w, homogeneity, margin, shape, adc, dwi, pattern="diff
 PROFILES: dict[str, Profile] = {
     # zone, T2W (hyper, mild, moderate, marked), (homogeneous, heterogeneous), margin (circumscribed, not, encapsulated,
     # mostly, obscured), shape (round, lenticular, wedge, diffuse), ADC (normal, mild, marked), DWI (the same)
-    "cancer_pz": _profile(1, (0, 2, 5, 3), (7, 3), (6, 4), (7, 3), (0, 4, 6), (0, 4, 6)),
+    "cancer_pz": _profile(1, (0, 4, 5, 2), (7, 3), (6, 4), (7, 3), (0, 5, 5), (0, 5, 5)),
     "cancer_tz": _profile(2, (0, 1, 6, 3), (8, 2), (3, 4, 0, 1, 2), (4, 6), (0, 4, 6), (1, 4, 5)),
     "wedge_pz": _profile(1, (0, 6, 3, 1), (5, 5), (2, 8), (0, 0, 1, 0), (4, 5, 1), (6, 4, 0), "diffusion_linear_wedge"),
     "diffuse_pz": _profile(1, (0, 8, 2, 0), (4, 6), (0, 1), (0, 0, 0, 1), (4, 6, 0), (7, 3, 0), "diffusion_diffuse"),
@@ -103,7 +103,7 @@ def invent_shape(shape: str, zones: np.ndarray, zone: int, canvas: Canvas, *, ex
     gland = np.argwhere(zones > 0)
     gx, gy = float(canvas.x[0, 0, gland[:, 2]].mean()), float(canvas.y[0, gland[:, 1], 0].mean())
     direction = np.arctan2(cy - gy, cx - gx)
-    radius = float(np.clip(rng.lognormal(np.log(6.0), 0.40), 3.2, 16))
+    radius = float(np.clip(rng.lognormal(np.log(5.2), 0.42), 3.0, 16))
     along = np.arange(zones.shape[0])
     extent = np.sqrt(np.clip(1 - ((along - s) * SLICE_MM / (radius * uniform(rng, 0.9, 1.5))) ** 2, 0, 1))
     if shape in ("round_oval", "lenticular"):
