@@ -10,14 +10,12 @@ import SimpleITK as sitk
 from MedRationaleLib.preprocessing import Grid
 
 
-def heatmap(similarity: np.ndarray) -> np.ndarray:
-    """Cosine similarity (S, h, w) -> heat in [0, 1], float32; a negative similarity is no evidence, so it becomes 0."""
-    return np.clip(similarity, 0.0, 1.0).astype(np.float32)
+def evidence_image(heat: np.ndarray, grid: Grid, reference: sitk.Image) -> sitk.Image:
+    """One concept's heat (S, h, w) on the grid of `reference`, float32 in [0, 1]; 0 beyond the crop.
 
-
-def evidence_image(similarity: np.ndarray, grid: Grid, reference: sitk.Image) -> sitk.Image:
-    """Heatmap of one concept on the grid of `reference`, float32 in [0, 1], linearly upsampled; 0 beyond the crop."""
-    return grid.to_reference(heatmap(similarity), reference)
+    `heat` comes from RationaleModel.heat; where its form is the bare cosine, a negative one becomes 0.
+    """
+    return grid.to_reference(np.clip(heat, 0.0, 1.0).astype(np.float32), reference)
 
 
 def region_similarity(similarity: np.ndarray, weights: np.ndarray) -> np.ndarray:

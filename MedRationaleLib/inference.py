@@ -311,11 +311,15 @@ class Predictor:
         self, findings: list[Finding], prediction: Prediction, study: Study, report: Progress
     ) -> dict[str, sitk.Image]:
         """Concept -> its heatmap, of the concepts that a finding's rationale shows; findings share them."""
+        import torch
+
         concepts = dict.fromkeys(s.evidence for f in findings for s in f.rationale if s.evidence)
         evidence = {}
         for done, concept in enumerate(concepts, start=1):
             similarity = prediction.similarity[self.model.concepts.index(concept)]
-            evidence[concept] = evidence_image(similarity, prediction.grid, study.t2w)
+            with torch.inference_mode():
+                heat = self.model.heat(torch.from_numpy(similarity).to(self.device)).float().cpu().numpy()
+            evidence[concept] = evidence_image(heat, prediction.grid, study.t2w)
             report("evidence", done / len(concepts))
         return evidence
 

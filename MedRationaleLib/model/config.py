@@ -61,6 +61,8 @@ class ModelConfig:
     doubles them; 0 is the paper's model, without it."""
     shared_dim: int = 96
     """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
+    heatmap: Literal["sigmoid", "relu", "raw"] = "sigmoid"
+    """How a cosine becomes heat: sigmoid(a cos + b) with learned a and b, max(cos, 0), or cos as it is."""
     text: TextConfig = field(default_factory=TextConfig)
 
     @classmethod

@@ -64,6 +64,17 @@ class RationaleModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         """log of the inverse temperature of InfoNCE; CLIP's starting value is 1 / 0.07, learned."""
 
+        self.heat_scale = nn.Parameter(torch.tensor(15.0).log())
+        """log of a in sigmoid(a cos + b)."""
+        self.heat_bias = nn.Parameter(torch.tensor(-6.0))
+        """b; negative, so that most of the image is dark from the start."""
+
+    def heat(self, cosine: Tensor) -> Tensor:
+        """Cosine similarity -> heat of the same shape, in [0, 1] unless the configured form is "raw"."""
+        if self.config.heatmap == "sigmoid":
+            return torch.sigmoid(self.heat_scale.exp() * cosine + self.heat_bias)
+        return cosine.clamp(min=0) if self.config.heatmap == "relu" else cosine
+
     def attach_text(self, vocabulary: Sequence[int] = ()) -> None:
         """Build f_txt (random weights). Only training and re-computing concept embeddings need it."""
         from MedRationaleLib.model.text_encoder import TextEncoder

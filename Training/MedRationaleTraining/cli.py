@@ -1,4 +1,4 @@
-"""medrationale-train synthesize | fit | export | evaluate | score | speed."""
+"""medrationale-train synthesize | prepare | fit | ablate | export | evaluate | score | speed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 
 from MedRationaleLib.errors import InputError
 from MedRationaleTraining.config import FitConfig, check
+from MedRationaleTraining.data.cache import PrepareConfig, open_reader, prepare_set
 from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
 
 _DESCRIPTION = """Train MedRationale's models on synthetic examinations with known reasons.
@@ -33,7 +34,9 @@ In this order:
   medrationale-train export --run runs/compact --out runs/compact/model \\
       --evaluation runs/compact/test/evaluation.json
 LABELS is a clone of DIAGNijmegen/picai_labels (CC BY-NC 4.0); without it the glands are procedural phantoms.
-`synthesize` and `fit` may be stopped at any moment: the same command goes on where it was."""
+Real examinations are prepared once and then stand beside synthetic ones, as in `fit --train [SYNTHETIC,REAL]`:
+  medrationale-train prepare --reader picai --data IMAGES --labels LABELS --out data/real/picai
+`synthesize`, `prepare` and `fit` may be stopped at any moment: the same command goes on where it was."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -104,6 +107,33 @@ def _synthesize(given: Namespace, console: Console) -> None:
     config = SynthesisConfig(**given.as_dict())
     made = make_set(out, config)
     console.print(f"{made} examinations made, {config.cases} are in {out}")
+
+
+def _prepare_parser() -> ArgumentParser:
+    parser = _parser(
+        "Prepare real examinations for training: read, resample, crop round the gland, store.\n"
+        "Goes on where it stopped.\n"
+        "  --reader picai        --data IMAGES (picai_public_images_fold0..4 unpacked) --labels LABELS (picai_labels)\n"
+        "                        official folds: --splits splits.json --folds [1,2,3,4]\n"
+        "  --reader prostate158  --data FOLDER with prostate158_train (and prostate158_test for --split test)\n"
+        "  --reader msd          --data Task05_Prostate (no DWI, no lesions: these are then left out of the loss)\n"
+        "An incomplete download is refused before anything is written. Examinations that cannot be used, for example\n"
+        "with a mask on another grid, are left out and named in OUT/refused.json."
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the set, for `fit --train [OUT]`.")
+    parser.add_class_arguments(PrepareConfig)
+    return parser
+
+
+def _prepare(given: Namespace, console: Console) -> None:
+    logging.getLogger("MedRationaleLib.study").setLevel(logging.WARNING)
+    out = given.pop("out")
+    given.pop("config", None)
+    config = PrepareConfig(**given.as_dict())
+    done = prepare_set(open_reader(config), out, rationales=config.rationales, workers=config.workers)
+    left_out = f", {len(done.refused)} were left out (refused.json says why)" if done.refused else ""
+    console.print(f"{done.made} examinations prepared, {done.total} are in {out}{left_out}")
 
 
 def _fit_parser() -> ArgumentParser:
@@ -219,6 +249,36 @@ def _score(given: Namespace, console: Console) -> None:
     console.print(table(scores))
 
 
+def _ablate_parser() -> ArgumentParser:
+    parser = _parser(
+        "Train and measure the model without constraints, with disentanglement only, with both, and with both as\n"
+        "fixed penalties, each with several seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and\n"
+        "prints the table. Goes on where it stopped: a run that is done is not repeated."
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of one run, such as Training/configs/compact.yaml."
+    )
+    parser.add_argument("--arms", type=Path, default=Path("Training/configs/ablations"), help="Folder of the arms.")
+    parser.add_argument("--test", type=Path, required=True, help="Synthetic set that the figures come from.")
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of examples and phrasings.")
+    parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many of the test set.")
+    parser.add_class_arguments(FitConfig)
+    return parser
+
+
+def _ablate(given: Namespace, console: Console) -> None:
+    from rich.markdown import Markdown
+
+    from MedRationaleTraining.ablation import METRICS, ablate, table
+
+    own = {name: given.pop(name) for name in ("arms", "test", "seeds", "cases")}
+    config = _fit_config(given)
+    command = "medrationale-train " + " ".join(sys.argv[1:])
+    record = ablate(config, own["arms"], own["test"], seeds=list(own["seeds"]), cases=own["cases"], command=command)
+    console.print(Markdown(table(record)))
+    console.print(f"{METRICS} is in {config.out}")
+
+
 def _speed_parser() -> ArgumentParser:
     parser = _parser("Time the making and the loading of examples in one process; `fit` tells its own step's speed.")
     parser.add_argument("--data", type=Path | None, default=None, help="Synthetic set to load stacks from.")
@@ -240,7 +300,9 @@ def _speed(given: Namespace, console: Console) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
     "synthesize": (_synthesize_parser, "Make a synthetic set."),
+    "prepare": (_prepare_parser, "Prepare real examinations (PI-CAI, Prostate158, MSD)."),
     "fit": (_fit_parser, "Train, or go on training."),
+    "ablate": (_ablate_parser, "Measure what each constraint does."),
     "export": (_export_parser, "Write a model folder from a run."),
     "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
     "score": (_score_parser, "Compare a model with an expert's masks of real examinations."),
@@ -248,7 +310,9 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
 }
 _RUN = {
     "synthesize": _synthesize,
+    "prepare": _prepare,
     "fit": _fit,
+    "ablate": _ablate,
     "export": _export,
     "evaluate": _evaluate,
     "score": _score,
@@ -256,6 +320,8 @@ _RUN = {
 }
 _GO_ON = {
     "synthesize": "Run the same command again to make the examinations that are missing.",
+    "prepare": "Run the same command again to prepare the examinations that are missing.",
+    "ablate": "Run the same command again to go on with the run that was stopped.",
     "fit": "Run the same command again to go on from the last checkpoint in `out`.",
 }
 

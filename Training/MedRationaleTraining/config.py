@@ -56,6 +56,36 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConstraintConfig:
+    """Constraints on the heatmaps (paper, Eq. 3) and how they are solved (Eq. 4)."""
+
+    disentangle: bool = True
+    """Heatmaps of one finding's concepts stay apart."""
+    localise: bool = True
+    """Together they cover what they describe, and nothing else."""
+    solver: Literal["augmented", "lagrangian", "penalty"] = "augmented"
+    """Augmented Lagrangian, plain Lagrangian, or fixed penalties."""
+    distance: Literal["l2", "cosine", "iou"] = "l2"
+    """D: squared difference per pixel of the structure, 1 - cosine, or 1 - soft intersection over union."""
+    disentangle_share: float = 0.4
+    """epsilon_1 as a share of the distance that concepts can have while their sum is still the mask."""
+    localise_share: float = 0.4
+    """epsilon_2 as a share of |M|; an empty sum has 1."""
+    start: int = 0
+    """Step from which the constraints count; the warm-up before it is Eq. 2 alone."""
+    rho: float = 0.2
+    """Weight of the augmented Lagrangian's squared term."""
+    rate: float = 0.01
+    """Step of the dual ascent."""
+    cap: float = 20.0
+    """Largest multiplier."""
+    weight: float = 0.3
+    """Of every constraint where penalties are fixed."""
+    report_every: int = 200
+    """Steps between KKT reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Adam with decoupled weight decay and an exponential learning rate (paper, section 5.1)."""
 
@@ -91,6 +121,8 @@ class FitConfig:
     """Which slices are seen, and how they are varied."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the terms of Eq. 2."""
+    constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
+    """Disentanglement and localisation of the heatmaps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam and the learning rate."""
     steps: int = 4000
@@ -122,6 +154,7 @@ class FitConfig:
             "model": ModelConfig.from_dict(data["model"]),
             "sampling": SamplingConfig(**data["sampling"]),
             "loss": LossConfig(**data["loss"]),
+            "constraints": ConstraintConfig(**data.get("constraints", {"disentangle": False, "localise": False})),
             "optimizer": OptimizerConfig(**(optimizer | {"betas": tuple(optimizer["betas"])})),
         }
         return cls(**{**data, **parts})
@@ -129,7 +162,7 @@ class FitConfig:
 
 def check(config: FitConfig) -> None:
     """Refuse what cannot be trained, before any data is read."""
-    m, s, o, loss = config.model, config.sampling, config.optimizer, config.loss
+    m, s, o, loss, c = config.model, config.sampling, config.optimizer, config.loss, config.constraints
     shares = (s.lesion_stacks, s.move, s.contrast, s.drop_adc, s.drop_dwi, s.drop_both)
     weights = (loss.focal_weight, loss.dice_weight, loss.node_weight, loss.slice_weight, loss.rationale_weight)
     rules: tuple[tuple[bool, str, object], ...] = (
@@ -149,6 +182,12 @@ def check(config: FitConfig) -> None:
         (all(weight >= 0 for weight in weights), "weights of 0 or more in loss", weights),
         (0 < loss.focal_alpha < 1 and loss.focal_gamma >= 0, "focal_alpha from 0 to 1 and focal_gamma of 0 or more",
          (loss.focal_alpha, loss.focal_gamma)),
+        (0 < c.disentangle_share <= 1, "constraints.disentangle_share above 0 up to 1", c.disentangle_share),
+        (c.localise_share > 0, "a positive constraints.localise_share", c.localise_share),
+        (min(c.rho, c.rate, c.cap, c.weight) > 0, "positive constraints.rho, rate, cap and weight",
+         (c.rho, c.rate, c.cap, c.weight)),
+        (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",
+         (c.start, c.report_every)),
         (o.lr > 0 and o.clip > 0 and o.weight_decay >= 0 and o.warmup_steps >= 0,
          "positive optimizer.lr and clip, and no negative weight_decay or warmup_steps",
          (o.lr, o.clip, o.weight_decay, o.warmup_steps)),

@@ -1,4 +1,9 @@
-"""Metrics on whole synthetic examinations of patients that were not trained on."""
+"""Metrics on whole synthetic examinations of patients that were not trained on.
+
+evaluation.json has format, model, weights_sha256, data, postprocessing; metrics (masks and detection) and retrieval
+(nodes of true regions and slices); evidence (see `summarise_evidence`); rationale, findings and inconsistency (see
+`summarise_rationale`). Every Estimate is {"value", "ci95", "n"}, value null where it is not defined.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +26,28 @@ from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.precision import autocast
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM
-from MedRationaleTraining.data.stacks import Stack, make_stack, slice_answers, whole_exam
+from MedRationaleLib.synthesis.regions import Region
+from MedRationaleTraining.data.stacks import REGION_PIXELS, Stack, make_stack, slice_answers, whole_exam
 from MedRationaleTraining.data.synthetic import LESION_BIT, StoredExam, describe_set, stored_exams
+from MedRationaleTraining.evaluation_figures import Example, evidence_chart, example_of, example_panel
+from MedRationaleTraining.evaluation_tables import UNITS, markdown
+from MedRationaleTraining.evidence_metrics import (
+    EvidenceScores,
+    evidence_maps,
+    evidence_scores,
+    lesion_gradcam,
+    summarise_evidence,
+    true_regions,
+)
 from MedRationaleTraining.losses import NodeTargets
 from MedRationaleTraining.metrics import Detection, Estimate, LesionResults, dice, match_lesions, mean, ratio
 from MedRationaleTraining.metrics import smoothed_dice as smoothed
+from MedRationaleTraining.rationale_metrics import RationaleResult, assess_rationale, summarise_rationale
 
 SPACING = (SLICE_MM, PIXEL_MM, PIXEL_MM)
 """Of the synthetic sets and of the masks that are compared, (z, y, x) in mm."""
-UNITS = {"regions": "the true regions", "slices": "the mean of whole slices, the paper's unit"}
+EXAMPLES = 3
+"""Lesions in the example figure: of the first examinations that have one, not the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +62,39 @@ class Prediction:
     """(R, K) similarity of every true region to every concept."""
     slices: np.ndarray
     """(S, K) of every slice's mean embedding."""
+    similarity: np.ndarray
+    """(K, S, h', w') float32 cosine similarity of every patch to every concept."""
+    logits: np.ndarray
+    """(S, 8) mean, then maximum over the slice of the mask logits of each class."""
     stack: Stack
     seen: np.ndarray
     """(S,) bool: T2W has data in the slice."""
+    field: np.ndarray
+    """(S, 64, 64) share of each patch of the region grid in which T2W has data."""
+    regions: np.ndarray
+    """(S, 256, 256) uint8 labels of the true regions in which T2W has data."""
+    rationales: tuple[Region, ...]
+    """What is true of them."""
+    maps: dict[str, np.ndarray]
+    """Evidence maps of every source, see `evidence_maps`; none unless asked for."""
 
 
-@torch.inference_mode()
-def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu") -> Prediction:
-    """One forward pass over all slices and their mirror image, averaged, as inference does it."""
+@torch.no_grad()  # not inference mode, whose tensors Grad-CAM could not go back through
+def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evidence: bool = False) -> Prediction:
+    """One forward pass over all slices and their mirror image, averaged, as inference does it.
+
+    `evidence` adds the maps; Grad-CAM costs the decoder a second pass.
+    """
     stack = whole_exam(exam)
-    with autocast(device):
-        output = model(torch.stack([stack.images, stack.images.flip(-1)]).to(device))
-    probabilities = output.mask_logits.sigmoid()
-    probabilities = ((probabilities[0] + probabilities[1].flip(-1)) / 2).permute(1, 0, 2, 3)
+    encoder: dict[str, Any] = {}
+    hook = model.f_img.register_forward_hook(lambda _, given, out: encoder.update(features=out, detail=given[1]))
+    try:
+        with autocast(device):
+            output = model(torch.stack([stack.images, stack.images.flip(-1)]).to(device))
+    finally:
+        hook.remove()
+    probabilities = _mean_of_mirrored(output.mask_logits.sigmoid()).permute(1, 0, 2, 3)
+    logits = _mean_of_mirrored(output.mask_logits)
     size = stack.images.shape[-2:]
     full = torch.nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
     concepts = model.concept_embeddings
@@ -64,23 +102,42 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu") -> Pre
     if weights.shape[-2:] != output.embedding.shape[-2:]:
         target = output.embedding.shape[-2:]
         weights = torch.nn.functional.interpolate(weights.flatten(0, 1), target, mode="area").unflatten(0, (2, -1))
-    _, valid, labels, _ = make_stack(exam, 0, len(exam.labels))
+    _, valid, labels, regions = make_stack(exam, 0, len(exam.labels))
     zone = np.where(valid[0], labels & 3, 0)
     lesion = valid[0] & ((labels & LESION_BIT) > 0)
+    similarity = _mean_of_mirrored(torch.stack([output.similarity(i, concepts) for i in (0, 1)]))
+    field = torch.nn.functional.interpolate(torch.from_numpy(valid[:1]).float(), (REGION_PIXELS,) * 2, mode="area")[0]
+    maps = {}
+    if evidence:
+        cam = lesion_gradcam(model, encoder["features"], encoder["detail"]).unflatten(0, (2, -1))
+        maps = evidence_maps(model, similarity, _mean_of_mirrored(cam), field.to(device))
     return Prediction(
         probabilities=full.float().cpu().numpy() * valid[0],
         truth=np.stack([zone > 0, zone == 1, zone == 2, lesion]),
         pooled=(output.pool(weights).mean(0) @ concepts.T).cpu().numpy(),
         slices=(output.slice_means().mean(0) @ concepts.T).cpu().numpy(),
+        similarity=similarity.cpu().numpy(),
+        logits=torch.cat([logits.mean((2, 3)), logits.amax((2, 3))], 1).cpu().numpy(),
         stack=stack,
         seen=valid[0].any((1, 2)),
+        field=field.numpy(),
+        regions=regions * valid[0],
+        rationales=exam.rationales,
+        maps=maps,
     )
 
 
-def predictions(model: RationaleModel, folder: str | Path, cases: int | None, device: str) -> Iterator[Prediction]:
+def _mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:
+    """(2, ..., w), of the image and of its mirror image -> (..., w)."""
+    return (pair[0] + pair[1].flip(-1)) / 2
+
+
+def predictions(
+    model: RationaleModel, folder: str | Path, cases: int | None, device: str, *, evidence: bool = False
+) -> Iterator[Prediction]:
     """One after the other, with a progress bar."""
     for path in track(stored_exams(folder)[:cases], "Assessing"):
-        yield predict(model, StoredExam.open(path), device)
+        yield predict(model, StoredExam.open(path), device, evidence=evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +151,12 @@ class CaseResult:
     lesions: LesionResults
     answers: dict[str, list[tuple[str, str, str, bool]]]
     """"regions" and "slices" -> (node, zone, true concept, retrieved or not)."""
+    evidence: EvidenceScores
+    rationale: RationaleResult
 
 
 def assess(
-    prediction: Prediction, config: PostprocessingConfig, targets: NodeTargets, concepts: list[str]
+    prediction: Prediction, config: PostprocessingConfig, tree: DecisionTree, targets: NodeTargets, concepts: list[str]
 ) -> CaseResult:
     """Post-process as inference does, and compare."""
     p, truth = prediction.probabilities, prediction.truth
@@ -113,6 +172,8 @@ def assess(
         volume["lesion"] = float("nan")
     kept = np.flatnonzero(prediction.seen)
     of_slices = slice_answers(prediction.stack)
+    masks = {"gland": gland, "pz": pz, "tz": tz, "lesions": every * lesion}
+    places = true_regions(prediction.stack, tree, prediction.field)
     return CaseResult(
         dice=volume,
         smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
@@ -121,6 +182,8 @@ def assess(
             "regions": _retrieved(prediction.pooled, prediction.stack.answers, targets, concepts),
             "slices": _retrieved(prediction.slices[kept], [of_slices[s] for s in kept], targets, concepts),
         },
+        evidence=evidence_scores(prediction.maps, places, concepts, prediction.field),
+        rationale=assess_rationale(prediction, masks, tree, targets, config),
     )
 
 
@@ -131,18 +194,30 @@ def _retrieved(
     for row, rationale in zip(similarity, answers, strict=True):
         for node, candidates, truth in targets.rows(rationale):
             best = candidates[int(row[candidates].argmax())]
-            zone = "" if node in ("zone", "lesion_presence") else rationale["zone"]  # what is known when it is asked
+            zone = (
+                "" if node in ("zone", "lesion_presence") else rationale.get("zone", "")
+            )  # what is known when it is asked
             found.append((node, zone, concepts[truth], best == truth))
     return found
 
 
-def summarise(results: Sequence[CaseResult], config: PostprocessingConfig) -> dict[str, Any]:
-    """Every figure with its interval over examinations."""
+def summarise(
+    results: Sequence[CaseResult],
+    config: PostprocessingConfig,
+    tree: DecisionTree,
+    heat_thresholds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Every figure with its interval over examinations; `heat_thresholds` are those of `summarise_evidence`."""
     metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
     metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
     metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_peak)
     retrieval = {unit: _accuracies([r.answers[unit] for r in results]) for unit in UNITS}
-    return {"metrics": {k: asdict(v) for k, v in metrics.items()}, "retrieval": retrieval}
+    return {
+        "metrics": {k: asdict(v) for k, v in metrics.items()},
+        "retrieval": retrieval,
+        "evidence": summarise_evidence([r.evidence for r in results], tree, heat_thresholds),
+        **summarise_rationale([r.rationale for r in results]),
+    }
 
 
 def _accuracies(cases: Sequence[list[tuple[str, str, str, bool]]]) -> dict[str, dict[str, Any]]:
@@ -164,20 +239,35 @@ def _accuracies(cases: Sequence[list[tuple[str, str, str, bool]]]) -> dict[str, 
 def evaluate(
     model: str | Path, data: str | Path, out: Path, *, cases: int | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Write evaluation.json and evaluation.md to `out`; returns what the JSON holds."""
+    """Write evaluation.json, evaluation.md and two figures to `out`; returns what the JSON holds.
+
+    The thresholds of the heatmaps' overlap are those under `heat_thresholds` of the calibration that came with the
+    model, where there is one; nothing is chosen here but what is called best.
+    """
     stored_exams(data)
     check_writable(out)
     checkpoint = load_checkpoint(model, device=device)
     config = PostprocessingConfig(**checkpoint.postprocessing)
     concepts = list(checkpoint.model.concepts)
-    targets = NodeTargets(DecisionTree.load(), concepts)
-    results = [assess(p, config, targets, concepts) for p in predictions(checkpoint.model, data, cases, device)]
-    report = _header(checkpoint, Path(data), len(results), config) | summarise(results, config)
+    tree = DecisionTree.load()
+    targets = NodeTargets(tree, concepts)
+    results: list[CaseResult] = []
+    examples: list[Example] = []
+    for prediction in predictions(checkpoint.model, data, cases, device, evidence=True):
+        results.append(assess(prediction, config, tree, targets, concepts))
+        if len(examples) < EXAMPLES:
+            places = true_regions(prediction.stack, tree, prediction.field)
+            example = example_of(prediction, places, tree, concepts)
+            examples += [example] if example is not None else []
+    thresholds = checkpoint.training.get("calibration", {}).get("heat_thresholds")
+    report = _header(checkpoint, Path(data), len(results), config) | summarise(results, config, tree, thresholds)
     text = json.dumps(report, indent=1, allow_nan=False)
     report = json.loads(text)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "evaluation.json", text + "\n")
     write_text(out / "evaluation.md", markdown(report))
+    write_text(out / "evidence_rma.svg", evidence_chart(report["evidence"], tree))
+    write_text(out / "evidence_examples.svg", example_panel(examples))
     return report
 
 
@@ -190,50 +280,6 @@ def _header(checkpoint: Checkpoint, data: Path, cases: int, config: Postprocessi
         "data": {**{k: made[k] for k in ("name", "split", "seed")}, "examinations": cases},
         "postprocessing": asdict(config),
     }
-
-
-LABELS = {
-    "dice_gland": "gland Dice",
-    "dice_pz": "peripheral zone Dice",
-    "dice_tz": "transition zone Dice",
-    "dice_lesion": "lesion Dice (examinations with a lesion)",
-    "dice_lesion_smoothed": "lesion Dice as in the paper (epsilon 1, slices with a lesion)",
-    "lesion_ap": "lesion average precision (picai_eval)",
-    "case_auroc": "examination AUROC (picai_eval)",
-    "lesion_sensitivity": "lesions found at the model's threshold",
-    "false_candidates_per_case": "false candidates an examination, there",
-}
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as two tables."""
-
-    def cell(row: Mapping[str, Any]) -> str:
-        if row["value"] is None:
-            return "not defined"
-        interval = f" ({row['ci95'][0]:.3f} to {row['ci95'][1]:.3f})" if row["ci95"] else ""
-        return f"{row['value']:.3f}{interval}"
-
-    data = report["data"]
-    lines = [
-        f"# {report['model']} on {data['examinations']} synthetic examinations ({data['split'] or 'unknown'} split)",
-        "",
-        "Synthetic images; 95 % bootstrap intervals over examinations in brackets.",
-        "",
-        "| figure | value | n |",
-        "|---|---|---|",
-        *(f"| {LABELS[k]} | {cell(row)} | {row['n']} |" for k, row in report["metrics"].items()),
-    ]
-    for unit, words in UNITS.items():
-        lines += [
-            "",
-            f"Concept retrieval on {words}; the baseline always gives the zone's commonest answer.",
-            "",
-            "| node | accuracy | baseline | n |",
-            "|---|---|---|---|",
-            *(f"| {n} | {cell(r)} | {r['majority']:.3f} | {r['n']} |" for n, r in report["retrieval"][unit].items()),
-        ]
-    return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()

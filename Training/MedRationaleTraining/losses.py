@@ -12,6 +12,9 @@ from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleTraining.config import LossConfig
 
+CERTAIN_NO = -1e4
+"""A logit whose sigmoid is 0 in every precision."""
+
 
 class SegmentationLoss(nn.Module):
     """L_seg = Dice + FL_{alpha, gamma}; Dice over the whole batch, so that slices without a lesion are defined."""
@@ -23,10 +26,25 @@ class SegmentationLoss(nn.Module):
         self._dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0, weight=weight)
         self._focal = FocalLoss(alpha=config.focal_alpha, gamma=config.focal_gamma, weight=weight)
 
-    def forward(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, classes, h, w) logits and masks in [0, 1] -> weighted Dice and focal terms."""
-        dice = self._dice(logits, masks) * self._config.dice_weight
-        return dice, self._focal(logits, masks) * self._config.focal_weight
+    def forward(self, logits: Tensor, masks: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weighted Dice and focal terms.
+
+        Args:
+            logits: (N, classes, h, w).
+            masks: (N, classes, h, w) in [0, 1].
+            known: (N, classes) bool, which masks somebody drew; all where None. Both terms are means over what is
+                known: focal over the known masks' pixels, Dice over the classes that the batch has a known mask of.
+        """
+        dice_scale: float | Tensor = 1.0
+        focal_scale: float | Tensor = 1.0
+        if known is not None:
+            # What is not known becomes a certain and right "no": no gradient, nothing added to any sum.
+            logits = logits.masked_fill(~known[:, :, None, None], CERTAIN_NO)
+            masks = masks * known[:, :, None, None]
+            dice_scale = known.shape[1] / known.any(0).sum().clamp(min=1)
+            focal_scale = known.numel() / known.sum().clamp(min=1)
+        dice = self._dice(logits, masks) * (self._config.dice_weight * dice_scale)
+        return dice, self._focal(logits, masks) * (self._config.focal_weight * focal_scale)
 
 
 def info_nce(similarity: Tensor, positive: Tensor, scale: Tensor, candidates: Tensor | None = None) -> Tensor:

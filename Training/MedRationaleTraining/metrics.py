@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap
@@ -39,9 +40,12 @@ def smoothed_dice(a: np.ndarray, b: np.ndarray, epsilon: float = 1.0) -> float:
     return float((2 * (a & b).sum() + epsilon) / (a.sum() + b.sum() + epsilon))
 
 
-def estimate(statistic: Callable[[np.ndarray], float], cases: int, n: int, seed: int = 0) -> Estimate:
-    """`statistic` of all examinations, given by their indices, and its percentile interval over resampled ones."""
-    value = statistic(np.arange(cases))
+def estimate(statistic: Callable[..., Any], cases: int, n: int, seed: int = 0, *, vectorized: bool = False) -> Estimate:
+    """`statistic` of all examinations, given by their indices, and its percentile interval over resampled ones.
+
+    A vectorized one takes many resamples at once, (resamples, cases), and gives as many values.
+    """
+    value = float(statistic(np.arange(cases)))
     if not np.isfinite(value):
         return Estimate(value=None, ci95=None, n=n)
     if cases < 2:
@@ -53,7 +57,7 @@ def estimate(statistic: Callable[[np.ndarray], float], cases: int, n: int, seed:
             (np.arange(cases),),
             statistic,
             n_resamples=RESAMPLES,
-            vectorized=False,
+            vectorized=vectorized,
             method="percentile",
             random_state=rng,
         ).bootstrap_distribution
@@ -65,11 +69,11 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     """Mean over all examples, of which each examination has some: sum of sums / sum of counts."""
     total, number = np.asarray(sums, float), np.asarray(counts, float)
 
-    def statistic(index: np.ndarray) -> float:
-        count = number[index].sum()
-        return float(total[index].sum() / count) if count else float("nan")
+    def statistic(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        count = number[index].sum(axis)
+        return np.where(count > 0, total[index].sum(axis) / np.maximum(count, 1), np.nan)
 
-    return estimate(statistic, len(total), int(number.sum()))
+    return estimate(statistic, len(total), int(number.sum()), vectorized=True)
 
 
 def mean(values: Sequence[float]) -> Estimate:

@@ -30,8 +30,10 @@ from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.model.torchvision_guard import ensure_torchvision
 from MedRationaleTraining.config import FitConfig, check
+from MedRationaleTraining.constraints import RationaleConstraints
 from MedRationaleTraining.data.stacks import Stack, StackDataset, slice_answers
 from MedRationaleTraining.data.synthetic import describe_set, stored_exams
+from MedRationaleTraining.lagrangian import Multipliers, as_record, summary
 from MedRationaleTraining.losses import NodeTargets, SegmentationLoss, info_nce
 from MedRationaleTraining.phrases import all_phrases, draw_phrases, draw_rationale
 
@@ -41,6 +43,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException  # n
 
 _logger = logging.getLogger(__name__)
 STATE, RUN = "state.ckpt", "run.json"
+KKT = "kkt.json"
+HEAT_FASTER = 10.0
+"""How much larger the learning rate of the heatmaps' a and b is, two numbers that have to travel far."""
 SPEED_AFTER = 50
 """Steps after which the loader's speed is told."""
 
@@ -50,7 +55,7 @@ OF_A_MACHINE = ("out", "workers", "save_every", "validate_every", "validation_ca
 
 
 class Objective:
-    """All terms of Eq. 2 for one batch."""
+    """All terms of Eq. 2 for one batch, and the constraints of Eq. 3."""
 
     def __init__(self, config: FitConfig, bank: ConceptBank, tree: DecisionTree) -> None:
         self._config = config.loss
@@ -58,9 +63,13 @@ class Objective:
         self._phrases = all_phrases(bank)
         self._segmentation = SegmentationLoss(config.loss)
         self.nodes = NodeTargets(tree, list(bank))
+        self.constraints = RationaleConstraints(config.constraints, tree, list(bank))
+        self._start = config.constraints.start
 
-    def __call__(self, model: RationaleModel, output: ModelOutput, stacks: list[Stack], step: int) -> dict[str, Tensor]:
-        """Name -> weighted scalar; their sum is the loss."""
+    def __call__(
+        self, model: RationaleModel, output: ModelOutput, stacks: list[Stack], step: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Name -> weighted scalar, whose sum is the objective, and name -> g of each constraint that occurs."""
         rng = np.random.default_rng((self._seed, step, 7))
         device = output.embedding.device
         masks = torch.stack([s.masks for s in stacks]).to(device)
@@ -69,7 +78,8 @@ class Objective:
             masks = torch.nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(
                 0, masks.shape[:2]
             )
-        dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1))
+        known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(device)
+        dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1), known)
 
         scale = model.logit_scale.exp().clamp(max=100)
         encoder = cast(TextEncoder, model.f_txt)
@@ -96,7 +106,9 @@ class Objective:
             similarity = pooled @ rationales.T
             both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
             terms["rationales"] = self._config.rationale_weight * both / 2
-        return terms
+        if step < self._start or not self.constraints.names:
+            return terms, {}
+        return terms, self.constraints(model, output, stacks, concepts, rng)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
@@ -179,17 +191,23 @@ class Trainer:
             {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
         ]
         o = config.optimizer
+        heat = [p for name, p in model.named_parameters() if name.startswith("heat_")]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if all(p is not h for h in heat)]
+        groups.append({"params": heat, "weight_decay": 0.0, "faster": HEAT_FASTER})
         optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
         self.model, self.optimizer = self.fabric.setup(model, optimizer)
         self.ema = AveragedModel(self.model.module, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=False)
         self.objective = Objective(config, self.bank, self.tree)
+        self.multipliers = Multipliers(self.objective.constraints.names, config.constraints).to(self.fabric.device)
         self.step = 0
 
     # ------------------------------------------------------------ state
 
     def _state(self) -> dict[str, Any]:
         return {"model": self.model.module.state_dict(), "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step}  # fmt: skip
+                "optimizer": self.optimizer.state_dict(), "multipliers": self.multipliers.state_dict(),
+                "step": self.step}  # fmt: skip
 
     def save(self) -> None:
         """Write the state under a temporary name, then rename, so that a kill leaves the earlier one."""
@@ -215,6 +233,7 @@ class Trainer:
             self.model.module.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.multipliers.load_state_dict(state["multipliers"])
             self.step = int(state["step"])
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, InputError):
@@ -222,7 +241,7 @@ class Trainer:
             raise InputError(
                 f"Expected a checkpoint of the configured model in {path}, got another; choose a new `out` folder."
             ) from error
-        for name in ("train.csv", "val.csv"):
+        for name in ("train.csv", "val.csv", "kkt.csv"):
             self._forget_later_rows(self.out / name)
         return True
 
@@ -327,24 +346,60 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / max(1, o.warmup_steps))
         lr = o.lr * warm * o.final_lr ** (self.step / max(1, self.config.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("faster", 1.0)
         self.model.train()
         images = torch.stack([s.images for s in stacks]).to(self.fabric.device)
         output = self.model(images)
         with self.fabric.autocast():
-            terms = self.objective(self.model.module, output, stacks, self.step)
+            terms, constraints = self.objective(self.model.module, output, stacks, self.step)
+        if constraints:
+            terms["constraints"] = self.multipliers.loss(constraints)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             values = {k: round(float(v.detach()), 4) for k, v in terms.items()}
             raise InputError(
                 f"Expected a finite loss, got {values} at step {self.step}; lower optimizer.lr or look at the data."
             )
+        report = constraints and (self.step + 1) % self.config.constraints.report_every == 0
+        stationarity = self._stationarity(terms) if report else None
         self.fabric.backward(loss)
         self.fabric.clip_gradients(self.model, self.optimizer, max_norm=o.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.multipliers.ascend(constraints)
         self.ema.update_parameters(self.model.module)
+        if stationarity is not None:
+            self._report(stationarity)
         return {k: float(v.detach()) for k, v in terms.items()}
+
+    def _stationarity(self, terms: dict[str, Tensor]) -> float:
+        """|grad f + grad psi| / (|grad f| + |grad psi|) of one batch: 0 where they balance, 1 where they agree."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        ours = terms["constraints"]
+        rest = torch.stack([v for k, v in terms.items() if k != "constraints"]).sum()
+
+        def gradient(value: Tensor) -> Tensor:
+            parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                              for g, p in zip(parts, parameters, strict=True)]).float()  # fmt: skip
+
+        f, psi = gradient(rest), gradient(ours)
+        return float((f + psi).norm() / (f.norm() + psi.norm()).clamp(min=1e-12))
+
+    def _report(self, stationarity: float) -> None:
+        rows = self.multipliers.report(reset=True)
+        state = summary(rows) | {"stationarity": stationarity}
+        self._log("kkt.csv", {"step": self.step + 1, **state})
+        write_text(
+            self.out / KKT,
+            json.dumps({"step": self.step + 1, **state, "constraints": [as_record(r) for r in rows]}, indent=1) + "\n",
+        )
+        if conflicts := [r.name for r in rows if r.capped]:
+            _logger.warning(
+                "step %d: the multipliers of %s rest at their cap: these constraints conflict with others; "
+                "lower constraints.disentangle_share or raise constraints.localise_share",
+                self.step + 1, ", ".join(conflicts),
+            )  # fmt: skip
 
     def _validate(self) -> None:
         from MedRationaleTraining.evaluation import quick_validation
@@ -375,7 +430,7 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
             f"Expected a training state in {path}, got a file that cannot be read "
             f"({_first_line(error)}); remove it to begin anew, or choose another `out` folder."
         ) from error
-    if not isinstance(state, dict) or not {"model", "ema", "optimizer", "step"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "ema", "optimizer", "multipliers", "step"} <= state.keys():
         raise InputError(f"Expected a training state in {path}, got another file; choose another `out` folder.")
     return state
 

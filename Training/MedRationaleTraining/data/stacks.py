@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.preprocessing import zscore
 from MedRationaleTraining.config import SamplingConfig
 from MedRationaleTraining.data.synthetic import LESION_BIT, VALID_SHIFT, StoredExam, stored_exams
@@ -37,6 +38,8 @@ class Stack:
     """R rationales: node id -> concept id."""
     is_lesion: tuple[bool, ...]
     """R flags."""
+    known: Tensor = field(default_factory=lambda: torch.ones(len(CLASSES), dtype=torch.bool))
+    """(4,) bool: which of the masks somebody drew; an unknown mask is all zero and says nothing."""
 
 
 def _area_mean(x: np.ndarray, pixels: int) -> np.ndarray:
@@ -114,13 +117,14 @@ def whole_exam(exam: StoredExam) -> Stack:
 
 
 def slice_answers(stack: Stack) -> list[dict[str, str]]:
-    """What is true of each slice: its largest lesion's rationale, or that there is no lesion."""
+    """What is true of each slice: its largest lesion's rationale, or that there is no lesion, as far as it is known."""
+    absent = {"lesion_presence": "lesion_absent"} if stack.known[CLASSES.index("lesion")] else {}
     areas = stack.regions.sum((2, 3))  # (R, S)
     answers: list[dict[str, str]] = []
     for s in range(stack.images.shape[0]):
         lesions = [r for r, lesion in enumerate(stack.is_lesion) if lesion and areas[r, s] > 1]
         largest = max(lesions, key=lambda r: float(areas[r, s]), default=None)
-        answers.append(stack.answers[largest] if largest is not None else {"lesion_presence": "lesion_absent"})
+        answers.append(stack.answers[largest] if largest is not None else absent)
     return answers
 
 
@@ -133,11 +137,12 @@ def _assemble(images: np.ndarray, labels: np.ndarray, regions: np.ndarray, exam:
             weights.append(mask)
             answers.append(region.answers)
             flags.append(region.is_lesion)
+    absent = {"lesion_presence": "lesion_absent"} if "lesion" in exam.classes else {}
     for zone, concept in ((1, "zone_pz"), (2, "zone_tz")):
         healthy = ((labels & 3) == zone) & (regions == 0)
         if healthy.sum() >= 400:
             weights.append(healthy)
-            answers.append({"lesion_presence": "lesion_absent", "zone": concept})
+            answers.append({**absent, "zone": concept})
             flags.append(False)
     pooled = (
         np.stack([_area_mean(w, REGION_PIXELS) for w in weights])
@@ -150,6 +155,7 @@ def _assemble(images: np.ndarray, labels: np.ndarray, regions: np.ndarray, exam:
         regions=torch.from_numpy(pooled),
         answers=tuple(answers),
         is_lesion=tuple(flags),
+        known=torch.tensor([name in exam.classes for name in CLASSES]),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from rich.progress import track
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable, write_text
+from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.synthesis import synthesize
 from MedRationaleLib.synthesis.anatomy import phantom_anatomy, random_placement
 from MedRationaleLib.synthesis.regions import Region
@@ -57,18 +59,7 @@ def make_set(out: Path, config: SynthesisConfig) -> int:
     """Write the set to `out`, keeping what is there, so an interrupted run goes on; returns how many were made."""
     _check(config)
     _open_sources(config)
-    check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    stamp = out / STAMP
-    wanted = json.dumps({k: v for k, v in asdict(config).items() if k not in ("workers", "cases")})
-    if stamp.exists() and stamp.read_text(encoding="utf-8") != wanted:
-        raise InputError(
-            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding='utf-8')}; "
-            "choose another folder or remove this one."
-        )
-    write_text(stamp, wanted)
-    for leftover in out.glob(".[0-9]*.*"):  # of a run that was killed
-        shutil.rmtree(leftover)
+    claim_folder(out, {k: v for k, v in asdict(config).items() if k not in ("workers", "cases")})
     missing = [i for i in range(config.cases) if not (out / f"{i:05d}" / "rationales.json").exists()]
     make = partial(_make_one, out=out, config=config)
     if config.workers > 1:
@@ -79,6 +70,50 @@ def make_set(out: Path, config: SynthesisConfig) -> int:
         for index in track(missing, "Synthesising"):
             make(index)
     return len(missing)
+
+
+def claim_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of a set, or go on with one of the same settings: write them, remove what a kill left behind."""
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = out / STAMP
+    wanted = json.dumps(settings)
+    if stamp.exists() and stamp.read_text(encoding="utf-8") != wanted:
+        raise InputError(
+            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding="utf-8")}; "
+            "choose another folder or remove this one."
+        )
+    write_text(stamp, wanted)
+    for leftover in out.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", leftover.name):  # of a run that was killed
+            shutil.rmtree(leftover)
+
+
+def store_exam(folder: Path, *, images: np.ndarray, labels: np.ndarray, record: dict[str, Any]) -> None:
+    """Write the three files of StoredExam; the folder is there completely or not at all.
+
+    Args:
+        folder: of the examination, in a set's folder.
+        images: (3, S, H, W) float16.
+        labels: (2, S, H, W) uint8, packed labels and regions.
+        record: what rationales.json says: source, regions and, unless all are, which classes are labelled.
+    """
+    # A folder is complete once its last file is in place; the temporary folder is on the same file system.
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    try:
+        temporary.mkdir(exist_ok=True)
+        np.save(temporary / "images.npy", images)
+        np.save(temporary / "labels.npy", labels)
+        (temporary / "rationales.json").write_text(json.dumps(record))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"Expected room for an examination in {folder.parent}, got '{error.strerror or error}'; free some space "
+            "and run the same command again."
+        ) from error
 
 
 def _check(config: SynthesisConfig) -> None:
@@ -131,23 +166,16 @@ def _make_one(index: int, *, out: Path, config: SynthesisConfig) -> None:
     labels = exam.anatomy.zones | (exam.lesions.astype(np.uint8) * LESION_BIT)
     for channel in range(3):
         labels |= exam.valid[channel].astype(np.uint8) << (VALID_SHIFT + channel)
-    # A folder is complete once its last file is in place; the temporary folder is on the same file system.
-    folder, temporary = out / f"{index:05d}", out / f".{index:05d}.{os.getpid()}"
-    temporary.mkdir(exist_ok=True)
-    np.save(temporary / "images.npy", exam.images.astype(np.float16))
-    np.save(temporary / "labels.npy", np.stack([labels, exam.regions]))
-    (temporary / "rationales.json").write_text(
-        json.dumps(
-            {
-                "source": exam.anatomy.source,
-                "b_value": exam.b_value,
-                "regions": [asdict(region) for region in exam.rationales],
-            }
-        )
+    store_exam(
+        out / f"{index:05d}",
+        images=exam.images.astype(np.float16),
+        labels=np.stack([labels, exam.regions]),
+        record={
+            "source": exam.anatomy.source,
+            "b_value": exam.b_value,
+            "regions": [asdict(region) for region in exam.rationales],
+        },
     )
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
 
 
 def describe_set(folder: str | Path) -> dict[str, Any]:
@@ -157,6 +185,7 @@ def describe_set(folder: str | Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "examinations": len(stored_exams(folder)),
+        "reader": stamp.get("reader"),
         "split": stamp.get("split"),
         "seed": stamp.get("seed"),
         "picai_labels": bool(stamp.get("picai_labels")),
@@ -166,16 +195,18 @@ def describe_set(folder: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredExam:
-    """One examination of the set, memory-mapped."""
+    """One examination of a set, synthetic or real, memory-mapped."""
 
     images: np.ndarray
-    """(3, S, H, W) float16."""
+    """(3, S, H, W) float16; any scale, for they are z-scored when drawn."""
     labels: np.ndarray
-    """(S, H, W) uint8: bits 0-1 zone, 2 lesion, 3-5 validity of T2W, ADC, DWI."""
+    """(S, H, W) uint8: bits 0-1 zone (3: gland whose zone is not known), 2 lesion, 3-5 validity of T2W, ADC, DWI."""
     regions: np.ndarray
     """(S, H, W) uint8."""
     rationales: tuple[Region, ...]
     source: str
+    classes: tuple[str, ...] = CLASSES
+    """Those of CLASSES that somebody labelled; of the others nothing is known, not that they are absent."""
 
     @classmethod
     def open(cls, folder: Path) -> StoredExam:
@@ -189,19 +220,27 @@ class StoredExam:
                 regions=labels[1],
                 rationales=tuple(Region(**region) for region in data["regions"]),
                 source=data["source"],
+                classes=_classes(data.get("classes", CLASSES)),
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise InputError(
-                f"Expected images.npy, labels.npy and rationales.json of one synthetic examination in {folder}, "
-                f"got files that cannot be read ({error}); remove that folder and run `synthesize` again."
+                f"Expected images.npy, labels.npy and rationales.json of one examination in {folder}, "
+                f"got files that cannot be read ({error}); remove that folder and run `synthesize` or `prepare` again."
             ) from error
+
+
+def _classes(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := set(names) - set(CLASSES):
+        raise ValueError(f"classes {', '.join(sorted(unknown))}")
+    return tuple(names)
 
 
 def stored_exams(folder: str | Path) -> list[Path]:
     """Folders of a set's examinations."""
-    found = sorted(p.parent for p in Path(folder).glob("[0-9]*/rationales.json"))
+    found = sorted(p.parent for p in Path(folder).glob("[!.]*/rationales.json"))
     if not found:
         raise InputError(
-            f"Expected a synthetic set in {folder}, found none; make one with `medrationale-train synthesize`."
+            f"Expected a synthetic set in {folder}, or a prepared one, found none; make one with "
+            "`medrationale-train synthesize` or `medrationale-train prepare`."
         )
     return found

@@ -1,0 +1,162 @@
+"""The paper's Table 5: what each constraint does, over several seeds, from one warm-up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import t as student
+
+from MedRationaleLib.errors import InputError
+from MedRationaleLib.files import check_writable, write_text
+from MedRationaleTraining.config import ConstraintConfig, FitConfig, check
+from MedRationaleTraining.data.synthetic import describe_set
+from MedRationaleTraining.evaluation import evaluate
+from MedRationaleTraining.export import export_run
+from MedRationaleTraining.trainer import KKT, Trainer
+
+_logger = logging.getLogger(__name__)
+METRICS = "metrics.json"
+ARMS = {
+    "none": "without constraints",
+    "disentangle": "disentanglement only",
+    "both": "both constraints (ours)",
+    "penalty": "both as fixed penalties",
+}
+FIGURES = {
+    "rma": "visual evidence (RMA)",
+    "lesion_dice": "lesion Dice",
+    "gland_dice": "gland Dice",
+    "inconsistency": "inconsistency rate",
+    "max_violation": "largest violation, in epsilon",
+}
+
+
+def arms(folder: Path, base: ConstraintConfig) -> dict[str, ConstraintConfig]:
+    """Arm -> constraints: the base's with what FOLDER/<arm>.yaml names."""
+    known = {f.name for f in fields(ConstraintConfig)}
+    found = {}
+    for arm in ARMS:
+        path = folder / f"{arm}.yaml"
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"Expected the settings of an arm in {path}, got {type(error).__name__}.") from error
+        if not isinstance(given, dict) or not given.keys() <= known:
+            raise InputError(f"Expected settings of `constraints` in {path}, got others; `fit --help` lists them.")
+        found[arm] = replace(base, **given)
+    return found
+
+
+def ablate(
+    config: FitConfig,
+    folder: Path,
+    test: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    cases: int | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train and measure every arm with every seed; a run that is done is not repeated.
+
+    Args:
+        config: of one run, with the warmed-up model in `initial`; `out` holds a folder for each run.
+        folder: settings of the arms, see `arms`.
+        test: synthetic set that the figures come from.
+        seeds: of examples and phrasings.
+        cases: only the first so many examinations of the test set.
+        command: how this was called, for the record.
+
+    Returns what is written to metrics.json in `out`.
+    """
+    chosen = arms(folder, config.constraints)
+    for arm in chosen.values():
+        check(replace(config, constraints=arm))
+    if config.val is None:
+        raise InputError("Expected a validation set for the thresholds of each arm, got none; give --val.")
+    out = Path(config.out)
+    check_writable(out)
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for name, constraints in chosen.items():
+        values[name] = {figure: [] for figure in FIGURES}
+        for seed in seeds:
+            run = out / name / f"seed{seed}"
+            _logger.info("arm %s, seed %d", name, seed)
+            measured = _measure(replace(config, constraints=constraints, seed=seed, out=str(run)), test, cases)
+            for figure, value in measured.items():
+                values[name][figure].append(value)
+    record = {
+        "format": 1,
+        "command": command,
+        "commit": _commit(),
+        "seeds": list(seeds),
+        "split": {k: describe_set(test)[k] for k in ("name", "split", "seed")} | {"examinations": cases},
+        "settings": {k: v for k, v in asdict(config).items() if k in ("steps", "batch", "constraints", "optimizer")},
+        "ablation": {arm: {f: _over_seeds(v) for f, v in rows.items()} for arm, rows in values.items()},
+    }
+    write_text(out / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record
+
+
+def _measure(config: FitConfig, test: str | Path, cases: int | None) -> dict[str, float | None]:
+    run = Path(config.out)
+    done = run / "test" / "evaluation.json"
+    if not done.exists():
+        Trainer(config).fit()
+        model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
+        evaluate(model, test, run / "test", cases=cases)
+    report = json.loads(done.read_text(encoding="utf-8"))
+    kkt = run / KKT
+    return {
+        "rma": report["evidence"]["rma_lesion"]["value"],
+        "lesion_dice": report["metrics"]["dice_lesion"]["value"],
+        "gland_dice": report["metrics"]["dice_gland"]["value"],
+        "inconsistency": report["inconsistency"]["slices"]["value"],
+        "max_violation": json.loads(kkt.read_text(encoding="utf-8"))["max_violation"] if kkt.exists() else None,
+    }
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and 95 % interval over seeds (Student's t); None where a figure is not defined."""
+    defined = [v for v in values if v is not None]
+    if not defined:
+        return {"mean": None, "ci95": None, "per_seed": list(values)}
+    mean, ci95 = float(np.mean(defined)), None
+    if len(defined) > 1:
+        half = float(student.ppf(0.975, len(defined) - 1) * np.std(defined, ddof=1) / len(defined) ** 0.5)
+        ci95 = [mean - half, mean + half]
+    return {"mean": mean, "ci95": ci95, "per_seed": list(values)}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown, as in the README."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if row["mean"] is None:
+            return "–"
+        half = f" ± {(row['ci95'][1] - row['ci95'][0]) / 2:.3f}" if row["ci95"] else ""
+        return f"{row['mean']:.3f}{half}"
+
+    lines = ["| | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    for arm, rows in record["ablation"].items():
+        lines.append(f"| {ARMS[arm]} | " + " | ".join(cell(rows[f]) for f in FIGURES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _commit() -> str | None:
+    """Of the working copy that this runs from, "+" where it has changes."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

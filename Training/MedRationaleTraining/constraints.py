@@ -1,0 +1,167 @@
+"""The constraints on concept heatmaps, as g <= 0 in units of their epsilon (paper, Eq. 3).
+
+h_k = heat(f_img . f_txt(c_k)) at the resolution of the embedding; M is a structure's mask there. With
+D(a, b) = sum_p (a - b)^2 / |M| (distance "l2"; the other two have no unit) the constraints are
+
+disentangle   g = 1 - D(h_k, h_k') / (disentangle_share * attainable)      for every two concepts of one finding
+localise      g = D(sum_k h_k, M) / localise_share - 1                     for what the concepts describe
+
+`attainable` is the distance at which the sum is still M: K concepts that share a structure evenly and do not overlap
+are 2 |M| / K apart, hence 2 / K in this unit. Constraints of one kind and node pair share a multiplier; within a batch
+they are averaged. Where there is nothing to describe, M is empty and g is in units of a typical lesion's area.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.model.config import CLASSES
+from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
+from MedRationaleLib.preprocessing import CropSpec
+from MedRationaleTraining.config import ConstraintConfig
+from MedRationaleTraining.data.stacks import Stack
+
+NOT_DESCRIBED = ("lesion_presence", "zone")
+"""Nodes that are answered by retrieval, but do not describe a lesion's appearance."""
+TYPICAL_MM2 = 130.0
+"""Area of the median lesion (13 mm across) in its largest slice; what an empty mask is measured in."""
+CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
+PRESENT = "lesion_present"
+ZONES = {"zone_pz": "pz", "zone_tz": "tz"}
+
+
+class RationaleConstraints:
+    """Computes all g of a batch."""
+
+    def __init__(self, config: ConstraintConfig, tree: DecisionTree, concepts: Sequence[str]) -> None:
+        self._config = config
+        self._index = {concept: i for i, concept in enumerate(concepts)}
+        retrieved = [n.id for n in tree.nodes.values() if n.answered_by == "retrieval"]
+        self.nodes = tuple(n for n in retrieved if n not in NOT_DESCRIBED)
+        self._candidates = {n: tree.nodes[n].candidates() for n in self.nodes}
+        self.names: tuple[str, ...] = ()
+        if config.disentangle:
+            self.names += tuple(f"disentangle.{a}.{b}" for a, b in combinations(self.nodes, 2)) + ("disentangle.zone",)
+        if config.localise:
+            self.names += tuple(f"localise.{what}" for what in ("lesion", "nothing", "presence", "pz", "tz", "gland"))
+
+    def __call__(
+        self,
+        model: RationaleModel,
+        output: ModelOutput,
+        stacks: Sequence[Stack],
+        concepts: Tensor,
+        rng: np.random.Generator,
+    ) -> dict[str, Tensor]:
+        """Name -> mean g over the batch, of the constraints that occur in it.
+
+        Args:
+            model: whose heat turns similarities into heatmaps.
+            output: its forward pass over the stacks.
+            stacks: with masks, regions and answers.
+            concepts: (K, shared_dim) embeddings of all concepts; gradients reach f_txt through them.
+            rng: draws which concepts must not light up where there is nothing.
+        """
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for index, stack in enumerate(stacks):
+            heat = model.heat(output.similarity(index, concepts))
+            self._findings(heat, stack, found)
+            self._anatomy(heat, stack, found)
+            if self._config.localise:
+                self._nothing(heat, stack, found, rng)
+        return {name: torch.stack(found[name]).mean() for name in self.names if name in found}
+
+    # ------------------------------------------------------------ what is constrained
+
+    def _findings(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]]) -> None:
+        """Concepts of one finding: apart from each other, together its mask. Other findings' places are left out."""
+        size = heat.shape[-2:]
+        regions = _resized(stack.regions.to(heat.device), size)
+        described = [any(n in a for n in self.nodes) for a in stack.answers]
+        for r, answers in enumerate(stack.answers):
+            nodes = [n for n in self.nodes if n in answers]
+            there = regions[r].flatten(1).sum(1) > 1
+            if len(nodes) < 2 or not there.any():
+                continue
+            mask = regions[r, there]
+            others = [regions[o, there] for o in range(len(regions)) if o != r and described[o]]
+            weight = (1 - torch.stack(others).sum(0)).clamp(0, 1) if others else torch.ones_like(mask)
+            maps = heat[[self._index[answers[n]] for n in nodes]][:, there]
+            area = mask.sum()
+            flat = maps.flatten(1)
+            gram = (flat * weight.flatten()) @ flat.T
+            if self._config.disentangle:
+                attainable = 2 / len(nodes) if self._config.distance == "l2" else 1.0
+                for i, j in combinations(range(len(nodes)), 2):
+                    apart = self._distance(gram[i, i], gram[j, j], gram[i, j], area)
+                    key = f"disentangle.{nodes[i]}.{nodes[j]}"
+                    found[key].append(1 - apart / (self._config.disentangle_share * attainable))
+            if self._config.localise:
+                found["localise.lesion"].append(self._localised(maps.sum(0), mask, weight, area))
+
+    def _anatomy(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]]) -> None:
+        """Zone concepts on their zones, together on the gland; the presence of a lesion on all lesions."""
+        masks = dict(zip(CLASSES, _resized(stack.masks.to(heat.device), heat.shape[-2:]).unbind(1), strict=True))
+        maps = {name: heat[self._index[concept]] for concept, name in ZONES.items()}
+        one = torch.ones_like(masks["gland"])
+        areas = {name: mask.sum() for name, mask in masks.items()}
+        if self._config.localise:
+            for name, zone in maps.items():
+                if areas[name] > 1:
+                    found[f"localise.{name}"].append(self._localised(zone, masks[name], one, areas[name]))
+            if areas["gland"] > 1:
+                both = maps["pz"] + maps["tz"]
+                found["localise.gland"].append(self._localised(both, masks["gland"], one, areas["gland"]))
+            if stack.known[CLASSES.index("lesion")]:
+                present = heat[self._index[PRESENT]]
+                on_lesions = self._localised(present, masks["lesion"], one, areas["lesion"])
+                found["localise.presence"].append(on_lesions if areas["lesion"] > 1 else self._dark(present))
+        if self._config.disentangle and min(areas["pz"], areas["tz"]) > 1:
+            a, b = maps["pz"], maps["tz"]
+            apart = self._distance(a.square().sum(), b.square().sum(), (a * b).sum(), areas["gland"])
+            found["disentangle.zone"].append(1 - apart / self._config.disentangle_share)
+
+    def _nothing(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]], rng: np.random.Generator) -> None:
+        """On slices without anything to describe, a drawn path's concepts light up nowhere."""
+        if not stack.known[CLASSES.index("lesion")]:
+            return
+        described = [r for r, a in enumerate(stack.answers) if stack.is_lesion[r] or any(n in a for n in self.nodes)]
+        empty = stack.regions[described].sum((0, 2, 3)).to(heat.device) <= 1
+        if not empty.any():
+            return
+        drawn = [self._index[c[rng.integers(len(c))]] for c in self._candidates.values()]
+        found["localise.nothing"].append(self._dark(heat[drawn][:, empty].sum(0)))
+
+    # ------------------------------------------------------------ distances
+
+    def _localised(self, total: Tensor, mask: Tensor, weight: Tensor, area: Tensor) -> Tensor:
+        pairs = ((total, total), (mask, mask), (total, mask))
+        apart = self._distance(*((weight * a * b).sum() for a, b in pairs), area)
+        return apart / self._config.localise_share - 1
+
+    def _distance(self, aa: Tensor, bb: Tensor, ab: Tensor, area: Tensor) -> Tensor:
+        """D of two maps from their inner products."""
+        if self._config.distance == "l2":
+            return (aa + bb - 2 * ab) / area
+        if self._config.distance == "cosine":
+            return 1 - ab / (aa * bb).clamp(min=1e-12).sqrt()
+        return 1 - ab / (aa + bb - ab).clamp(min=1e-6)
+
+    def _dark(self, total: Tensor) -> Tensor:
+        """D(total, 0) with a typical lesion's area a slice for |M|, whichever D is: (S, h, w) -> g."""
+        area = len(total) * TYPICAL_MM2 / (CROP_MM / total.shape[-1]) ** 2
+        return total.square().sum() / area / self._config.localise_share - 1
+
+
+def _resized(weights: Tensor, size: torch.Size) -> Tensor:
+    """(A, B, h, w) area means on another grid."""
+    if weights.shape[-2:] == size:
+        return weights
+    return torch.nn.functional.interpolate(weights, size, mode="area")
