@@ -196,6 +196,17 @@ def test_inference_imports_no_text_stack(folder: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize(("form", "heat"), [("sigmoid", None), ("relu", [0.0, 0.3, 1.0]), ("raw", [-0.4, 0.3, 1.0])])
+def test_heat_grows_with_the_cosine_and_is_dark_where_it_is_negative(form: str, heat: list[float] | None) -> None:
+    model = RationaleModel(replace(TINY, heatmap=form), ["a"])
+    cosine = torch.tensor([-0.4, 0.3, 1.0])
+    given = model.heat(cosine).detach()
+    if heat is None:
+        assert given.tolist() == sorted(given.tolist()) and given[0] < 0.01 and 0.5 < given[2] < 1
+    else:
+        assert given.tolist() == pytest.approx(heat)
+
+
 # ------------------------------------------------------------------ checkpoints
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from MedRationaleLib.assessment import RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.evidence import heatmap, rank, region_similarity
+from MedRationaleLib.evidence import rank, region_similarity
 from MedRationaleLib.findings import Extension, LesionMeasurement
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.sectors import Sector
@@ -122,10 +122,6 @@ def test_the_mean_over_a_region_is_weighted_by_its_coverage():
     maps[1, 0] = [[0, 1], [0, 0]]
     weights = np.array([[[0.5, 1.5], [0, 0]]], np.float32)
     assert region_similarity(maps, weights) == pytest.approx([0.25, 0.75])
-
-
-def test_heat_is_between_0_and_1_and_unlike_is_no_evidence():
-    assert heatmap(np.array([[[-0.4, 0.3, 1.0]]])).tolist() == [[[0.0, pytest.approx(0.3), 1.0]]]
 
 
 def test_ties_keep_the_trees_order():

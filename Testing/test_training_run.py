@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,7 +20,7 @@ if ABSENT:
     pytest.skip(f"the train extra is not installed: {', '.join(ABSENT)}", allow_module_level=True)
 
 from MedRationaleTraining.cli import main  # noqa: E402
-from MedRationaleTraining.config import FitConfig, LossConfig, OptimizerConfig, SamplingConfig, check  # noqa: E402
+from MedRationaleTraining.config import ConstraintConfig, FitConfig, LossConfig, OptimizerConfig, SamplingConfig, check  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
 from MedRationaleTraining.export import export_run  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
@@ -104,6 +105,43 @@ def test_a_run_that_was_killed_while_saving_ends_with_the_same_bits_as_one_that_
     assert same(read_state(tmp_path / "killed" / STATE), read_state(Path(run.out) / STATE))
 
 
+SEVERAL = """
+import sys
+from pathlib import Path
+from training_samples import tiny_run
+from MedRationaleTraining import trainer
+from MedRationaleTraining.config import LossConfig
+trainer.LOG_EVERY = 1
+config = tiny_run(Path(sys.argv[1]), Path(sys.argv[2]), steps=5, batch=4, micro_batch=1, loss=LossConfig(text_every=2))
+trainer.Trainer(config).fit()
+"""
+
+
+def test_two_processes_follow_the_loss_curve_of_one(tiny_set: Path, tmp_path: Path) -> None:
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, str(script), str(tmp_path / name), str(tiny_set)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (np.loadtxt(tmp_path / name / "train.csv", delimiter=",", skiprows=1) for name in launchers)
+    assert one.shape == two.shape and len(one) == 5
+    np.testing.assert_allclose(np.delete(one, 1, 1), np.delete(two, 1, 1), rtol=1e-3)
+    first, second = (read_state(tmp_path / name / STATE) for name in launchers)
+    assert np.allclose(first["multipliers"]["value"], second["multipliers"]["value"], rtol=1e-3, atol=1e-5)
+    moved = [(a - b).norm() / b.norm().clamp(min=1e-3) for a, b in zip(
+        first["model"].values(), second["model"].values(), strict=True)]  # fmt: skip
+    assert max(moved) < 0.02
+
+
+def test_parts_of_a_batch_must_go_evenly_into_the_processes(tiny_set: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lightning.fabric.Fabric.world_size", 2)
+    with pytest.raises(InputError, match="evenly into the 2 processes"):
+        Trainer(tiny_run(tmp_path / "run", tiny_set, batch=3, micro_batch=1))
+
+
 def test_a_run_that_learns_its_text_now_and_then_resumes_to_the_same_bits(tiny_set: Path, tmp_path: Path) -> None:
     def config(name: str, **changes) -> FitConfig:
         return tiny_run(tmp_path / name, tiny_set, steps=4, save_every=1, loss=LossConfig(text_every=3), **changes)
@@ -140,15 +178,17 @@ def test_training_on_one_example_lowers_every_term(tiny_set: Path, tmp_path: Pat
     class Repeating(Trainer):
         def _batches(self):
             told = [stack for stack in map(self.dataset.__getitem__, range(12)) if len(stack.answers) > 2]
-            return iter([told[:2]] * self.config.steps)
+            return iter([[told[:2]]] * self.config.steps)
 
         def _train_step(self, stacks):
             rows.append(super()._train_step(stacks))
             return rows[-1]
 
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=5, final_lr=1.0)
-    Repeating(tiny_run(tmp_path / "run", tiny_set, steps=40, save_every=40, optimizer=optimizer)).fit()
-    for name in ("dice", "nodes", "slices"):
+    constraints = ConstraintConfig(solver="penalty")  # of which a multiplier would change the weight meanwhile
+    config = tiny_run(tmp_path / "run", tiny_set, steps=40, save_every=40, optimizer=optimizer, constraints=constraints)
+    Repeating(config).fit()
+    for name in ("dice", "nodes", "slices", "constraints"):
         assert sum(r[name] for r in rows[-5:]) < 0.95 * sum(r[name] for r in rows[:5]), name
 
 
@@ -156,7 +196,7 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     begun = replace(run, out=str(tmp_path / "on"), val=None, steps=1, initial=str(model))
     trainer = Trainer(begun)
     before = load_checkpoint(model, with_text=True).model.state_dict()
-    assert same(dict(before), dict(trainer.model.module.state_dict()))
+    assert same(dict(before), dict(trainer.model.state_dict()))
     trainer.fit()
     folder = export_run(tmp_path / "on", tmp_path / "model")
     checkpoint = load_checkpoint(model)

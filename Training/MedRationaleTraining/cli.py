@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +155,46 @@ def _fit_config(values: Namespace) -> FitConfig:
 
 
 def _fit(given: Namespace, console: Console) -> None:
-    config = _fit_config(given)
-    from MedRationaleTraining.export import export_run
-    from MedRationaleTraining.trainer import Trainer
+    _train(_fit_config(given), console)
 
-    Trainer(config).fit()
+
+def _train(config: FitConfig, console: Console) -> None:
+    from MedRationaleTraining.export import export_run
+    from MedRationaleTraining.lagrangian import kkt_table
+    from MedRationaleTraining.trainer import KKT, Trainer
+
+    trainer = Trainer(config)
+    trainer.fit()
+    if not trainer.fabric.is_global_zero:
+        return
     folder = export_run(Path(config.out), Path(config.out) / "model", calibrate_on=config.val)
+    if (kkt := Path(config.out) / KKT).exists():
+        console.print(kkt_table(json.loads(kkt.read_text(encoding="utf-8"))))
     console.print(f"The model is in {folder}; look at it with `medrationale-train evaluate --model {folder}`.")
+
+
+def _resume_parser() -> ArgumentParser:
+    parser = _parser("Go on with a run that was stopped, with the settings that it was started with.")
+    parser.add_argument("--run", type=Path, required=True, help="Folder of the run (`out` of fit).")
+    parser.add_argument("--steps", type=int | None, default=None, help="Train to this step instead of the run's last.")
+    return parser
+
+
+def _resume(given: Namespace, console: Console) -> None:
+    from MedRationaleTraining.trainer import RUN
+
+    path = given.run / RUN
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+        config = FitConfig.from_dict({**settings, "out": str(given.run)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"Expected a run's settings in {path}, got none that can be read ({type(error).__name__}); "
+            "name the `out` folder of a fit."
+        ) from error
+    config = replace(config, steps=given.steps or config.steps)
+    check(config)
+    _train(config, console)
 
 
 def _export_parser() -> ArgumentParser:
@@ -252,8 +287,8 @@ def _score(given: Namespace, console: Console) -> None:
 def _ablate_parser() -> ArgumentParser:
     parser = _parser(
         "Train and measure the model without constraints, with disentanglement only, with both, and with both as\n"
-        "fixed penalties, each with several seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and\n"
-        "prints the table. Goes on where it stopped: a run that is done is not repeated."
+        "fixed penalties, each with several seeds from the same warmed-up model (--initial). Writes OUT/metrics.json\n"
+        "and prints the table. Goes on where it stopped: a run that is done is not repeated."
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of one run, such as Training/configs/compact.yaml."
@@ -302,6 +337,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
     "synthesize": (_synthesize_parser, "Make a synthetic set."),
     "prepare": (_prepare_parser, "Prepare real examinations (PI-CAI, Prostate158, MSD)."),
     "fit": (_fit_parser, "Train, or go on training."),
+    "resume": (_resume_parser, "Go on with a run that was stopped."),
     "ablate": (_ablate_parser, "Measure what each constraint does."),
     "export": (_export_parser, "Write a model folder from a run."),
     "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
@@ -312,6 +348,7 @@ _RUN = {
     "synthesize": _synthesize,
     "prepare": _prepare,
     "fit": _fit,
+    "resume": _resume,
     "ablate": _ablate,
     "export": _export,
     "evaluate": _evaluate,
@@ -323,6 +360,7 @@ _GO_ON = {
     "prepare": "Run the same command again to prepare the examinations that are missing.",
     "ablate": "Run the same command again to go on with the run that was stopped.",
     "fit": "Run the same command again to go on from the last checkpoint in `out`.",
+    "resume": "Run the same command again to go on from the last checkpoint.",
 }
 
 if __name__ == "__main__":

@@ -128,7 +128,12 @@ class FitConfig:
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 2
-    """Stacks a step."""
+    """Stacks a step, over all processes."""
+    micro_batch: int | None = None
+    """Stacks that go through the model at once, `batch` where None; Dice and InfoNCE are formed over these. Their
+    gradients are averaged, whether they come one after the other or from several processes."""
+    devices: int = 1
+    """Devices of this machine to train on; torchrun and `fabric run` say it themselves."""
     seed: int = 0
     """Of weights, examples and phrasings."""
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
@@ -168,7 +173,9 @@ def check(config: FitConfig) -> None:
     rules: tuple[tuple[bool, str, object], ...] = (
         (bool(config.train), "at least one synthetic set in train (make one with `synthesize`)", config.train),
         (config.steps >= 1, "steps of at least 1", config.steps),
-        (config.batch >= 1, "batch of at least 1", config.batch),
+        (config.batch >= 1 and config.devices >= 1, "batch and devices of at least 1", (config.batch, config.devices)),
+        (config.micro_batch is None or (config.micro_batch >= 1 and config.batch % config.micro_batch == 0),
+         "a batch that is a multiple of micro_batch", (config.batch, config.micro_batch)),
         (loss.text_every >= 1, "loss.text_every of at least 1", loss.text_every),
         (config.workers >= 0, "workers of 0 or more", config.workers),
         (config.save_every >= 1, "save_every of at least 1", config.save_every),

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from MedRationaleTraining.config import ConstraintConfig
@@ -121,6 +122,23 @@ def summary(rows: Sequence[Kkt]) -> dict[str, float]:
         "max_multiplier": max((r.multiplier for r in rows), default=0.0),
         "capped": float(sum(r.capped for r in rows)),
     }
+
+
+def kkt_table(record: Mapping[str, Any]) -> Table:
+    """kkt.json for the terminal: the constraint that is violated most on top."""
+    table = Table(
+        title=f"KKT conditions at step {record['step']}: largest violation {record['max_violation']:.3f} epsilon, "
+        f"largest |multiplier x g| {record['max_slackness']:.3f}, "
+        f"stationarity {'-' if record['stationarity'] is None else format(record['stationarity'], '.2f')}"
+    )
+    table.add_column("constraint")
+    for name in ("g / epsilon", "multiplier", "slackness", "steps", ""):
+        table.add_column(name, justify="right")
+    for row in sorted(record["constraints"], key=lambda r: -r["value"]):
+        figures = (f"{row[k]:.3f}" for k in ("value", "multiplier", "slackness"))
+        verdict = "at its cap: conflict" if row["capped"] else "violated" if row["value"] > 0 else "held"
+        table.add_row(row["name"], *figures, str(row["steps"]), verdict)
+    return table
 
 
 def as_record(row: Kkt) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""The training loop: Eq. 2 on synthetic stacks, resumable at any step."""
+"""The training loop, resumable at any step, in one process or several."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
+import math
+import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -26,19 +27,20 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.precision import bf16_in_hardware
-from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
+from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.model.torchvision_guard import ensure_torchvision
 from MedRationaleTraining.config import FitConfig, check
-from MedRationaleTraining.constraints import RationaleConstraints
-from MedRationaleTraining.data.stacks import Stack, StackDataset, slice_answers
+from MedRationaleTraining.curves import Curves
+from MedRationaleTraining.data.stacks import Stack, StackDataset
 from MedRationaleTraining.data.synthetic import describe_set, stored_exams
 from MedRationaleTraining.lagrangian import Multipliers, as_record, summary
-from MedRationaleTraining.losses import NodeTargets, SegmentationLoss, info_nce
-from MedRationaleTraining.phrases import all_phrases, draw_phrases, draw_rationale
+from MedRationaleTraining.objective import Objective, Part
+from MedRationaleTraining.phrases import all_phrases
 
 ensure_torchvision()
 from lightning.fabric import Fabric, seed_everything  # noqa: E402
+from lightning.fabric.strategies import DDPStrategy  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 _logger = logging.getLogger(__name__)
@@ -48,67 +50,11 @@ HEAT_FASTER = 10.0
 """How much larger the learning rate of the heatmaps' a and b is, two numbers that have to travel far."""
 SPEED_AFTER = 50
 """Steps after which the loader's speed is told."""
+LOG_EVERY = 50
+TERMS = ("dice", "focal", "nodes", "slices", "rationales", "constraints")
 
-
-OF_A_MACHINE = ("out", "workers", "save_every", "validate_every", "validation_cases", "val", "accelerator")
+OF_A_MACHINE = ("out", "workers", "save_every", "validate_every", "validation_cases", "val", "accelerator", "devices")
 """Settings that say nothing about the weights."""
-
-
-class Objective:
-    """All terms of Eq. 2 for one batch, and the constraints of Eq. 3."""
-
-    def __init__(self, config: FitConfig, bank: ConceptBank, tree: DecisionTree) -> None:
-        self._config = config.loss
-        self._seed = config.seed
-        self._phrases = all_phrases(bank)
-        self._segmentation = SegmentationLoss(config.loss)
-        self.nodes = NodeTargets(tree, list(bank))
-        self.constraints = RationaleConstraints(config.constraints, tree, list(bank))
-        self._start = config.constraints.start
-
-    def __call__(
-        self, model: RationaleModel, output: ModelOutput, stacks: list[Stack], step: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Name -> weighted scalar, whose sum is the objective, and name -> g of each constraint that occurs."""
-        rng = np.random.default_rng((self._seed, step, 7))
-        device = output.embedding.device
-        masks = torch.stack([s.masks for s in stacks]).to(device)
-        size = output.mask_logits.shape[-2:]
-        if masks.shape[-2:] != size:
-            masks = torch.nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(
-                0, masks.shape[:2]
-            )
-        known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(device)
-        dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1), known)
-
-        scale = model.logit_scale.exp().clamp(max=100)
-        encoder = cast(TextEncoder, model.f_txt)
-        answers = [a for s in stacks for a in s.answers]
-        train_text = step % self._config.text_every == 0
-        if train_text:
-            sentences = [draw_rationale(a, self._phrases, rng) for a in answers]
-            texts = draw_phrases(self._phrases, rng)
-            tokens = encoder.tokenize(texts + sentences).to(device)
-            encoded = encoder(tokens)
-            concepts, rationales = encoded[: len(texts)], encoded[len(texts) :]
-            model.concept_embeddings.copy_(concepts.detach())
-        else:
-            concepts = model.concept_embeddings
-        pooled = _pool(output, stacks)
-        terms = {"dice": dice, "focal": focal}
-        terms["nodes"] = self._config.node_weight * self.nodes.loss(pooled @ concepts.T, answers, scale)
-
-        slices = output.slice_means().flatten(0, 1)
-        true_of_slices = [a for s in stacks for a in slice_answers(s)]
-        terms["slices"] = self._config.slice_weight * self.nodes.loss(slices @ concepts.T, true_of_slices, scale)
-        if train_text and len(answers) > 1:
-            same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
-            similarity = pooled @ rationales.T
-            both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
-            terms["rationales"] = self._config.rationale_weight * both / 2
-        if step < self._start or not self.constraints.names:
-            return terms, {}
-        return terms, self.constraints(model, output, stacks, concepts, rng)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
@@ -125,20 +71,6 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> d
         elif old != value:
             changes[prefix + name] = [old, value]
     return changes
-
-
-def _pool(output: ModelOutput, stacks: list[Stack]) -> Tensor:
-    """Mean embeddings of all stacks' regions, (R, shared_dim), in the stacks' order."""
-    device, size = output.embedding.device, output.embedding.shape[-2:]
-    most = max(s.regions.shape[0] for s in stacks)
-    weights = torch.stack([torch.nn.functional.pad(s.regions, (0, 0) * 3 + (0, most - len(s.regions))) for s in stacks])
-    weights = weights.to(device)
-    if weights.shape[-2:] != size:
-        weights = torch.nn.functional.interpolate(weights.flatten(0, 1), size, mode="area").unflatten(
-            0, weights.shape[:2]
-        )
-    pooled = output.pool(weights)
-    return torch.cat([p[: len(s.regions)] for p, s in zip(pooled, stacks, strict=True)])
 
 
 def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, list[int], dict[str, Any] | None]:
@@ -186,26 +118,25 @@ class Trainer:
         seed_everything(config.seed, verbose=False)
         model, self.vocabulary, self.initial = build_model(config, self.bank)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        o = config.optimizer
-        heat = [p for name, p in model.named_parameters() if name.startswith("heat_")]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if all(p is not h for h in heat)]
-        groups.append({"params": heat, "weight_decay": 0.0, "faster": HEAT_FASTER})
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
-        self.model, self.optimizer = self.fabric.setup(model, optimizer)
-        self.ema = AveragedModel(self.model.module, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=False)
-        self.objective = Objective(config, self.bank, self.tree)
-        self.multipliers = Multipliers(self.objective.constraints.names, config.constraints).to(self.fabric.device)
+        self.model = model
+        objective = Objective(model, config, self.bank, self.tree)
+        self.objective, self.optimizer = self.fabric.setup(objective, _optimizer(model, config))
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema), use_buffers=False)
+        self.multipliers = Multipliers(objective.constraints.names, config.constraints).to(self.fabric.device)
         self.step = 0
+        self.stationarity = math.nan
+        self.parts = config.batch // (config.micro_batch or config.batch)
+        """Parts of a batch, over all processes."""
+        if self.parts % self.fabric.world_size:
+            raise InputError(
+                f"Expected the {self.parts} parts of a batch (batch / micro_batch) to go evenly into the "
+                f"{self.fabric.world_size} processes, got a remainder; choose another batch or micro_batch."
+            )
 
     # ------------------------------------------------------------ state
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.model.module.state_dict(), "ema": self.ema.state_dict(),
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "multipliers": self.multipliers.state_dict(),
                 "step": self.step}  # fmt: skip
 
@@ -230,7 +161,7 @@ class Trainer:
             return False
         try:
             state = read_state(path, self.fabric.device)
-            self.model.module.load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.multipliers.load_state_dict(state["multipliers"])
@@ -241,16 +172,7 @@ class Trainer:
             raise InputError(
                 f"Expected a checkpoint of the configured model in {path}, got another; choose a new `out` folder."
             ) from error
-        for name in ("train.csv", "val.csv", "kkt.csv"):
-            self._forget_later_rows(self.out / name)
         return True
-
-    def _forget_later_rows(self, path: Path) -> None:
-        """Remove what an interrupted run logged after its last checkpoint, for it will be logged again."""
-        if path.exists():
-            head, *rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step]
-            write_text(path, "\n".join([head, *kept]) + "\n")
 
     def _describe(self) -> None:
         """Write run.json, which `export` reads; say what differs from the run that is gone on with."""
@@ -275,39 +197,50 @@ class Trainer:
 
     def fit(self) -> RationaleModel:
         """Train to the last step and return the averaged model, with its concept embeddings in place."""
-        config = self.config
+        config, first_process = self.config, self.fabric.is_global_zero
         if self.resume():
             _logger.info("resumed at step %d", self.step)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._describe()
+        curves = None
+        if first_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._describe()
+            curves = Curves(self.out, self.step)
         with Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
+            disable=not first_process,
         ) as progress:
             task = progress.add_task("", total=config.steps, completed=self.step)
             running: dict[str, float] = {}
             start = before = time.monotonic()
             first, waited = self.step, 0.0
-            for stacks in self._batches():
+            for parts in self._batches():
                 waited += time.monotonic() - before
-                terms = self._train_step(stacks)
+                terms = self._train_step(parts)
                 for name, value in terms.items():
                     running[name] = 0.98 * running.get(name, value) + 0.02 * value
                 self.step += 1
-                text = " ".join(f"{k} {v:.3f}" for k, v in running.items())
-                progress.update(task, completed=self.step, description=text)
-                if self.step - first == min(SPEED_AFTER, config.steps - first):
-                    self._tell_speed(time.monotonic() - start, waited, self.step - first)
-                if self.step % 50 == 0:
-                    self._log("train.csv", {"step": self.step, "seconds": time.monotonic() - start, **running})
-                if self.step % config.save_every == 0 or self.step == config.steps:
-                    self.save()
-                if config.val and (self.step % config.validate_every == 0 or self.step == config.steps):
-                    self._validate()
+                last = self.step == config.steps
+                if curves is not None:
+                    text = " ".join(f"{k} {v:.3f}" for k, v in running.items())
+                    progress.update(task, completed=self.step, description=text)
+                    if self.step - first == min(SPEED_AFTER, config.steps - first):
+                        self._tell_speed(time.monotonic() - start, waited, self.step - first)
+                    if self.step % LOG_EVERY == 0:
+                        curves.add("train", self.step, {"seconds": time.monotonic() - start, **running})
+                    if self._kkt_due():
+                        self._report(curves)
+                    if self.step % config.save_every == 0 or last:
+                        self.save()
+                    if config.val and (self.step % config.validate_every == 0 or last):
+                        curves.add("val", self.step, self._validate())
+                self.fabric.barrier()
                 before = time.monotonic()
+        if curves is not None:
+            curves.close()
         model = cast(RationaleModel, self.ema.module)
         store_concept_embeddings(model, self.bank)
         return model.eval()
@@ -318,64 +251,94 @@ class Trainer:
         for index in range(tries):
             self.dataset[index]
         made = tries / (time.monotonic() - begin) * max(1, self.config.workers)
-        taken = steps * self.config.batch / max(seconds, 1e-6)
+        taken = steps * self.config.batch / self.fabric.world_size / max(seconds, 1e-6)
         _logger.info(
             "loader: %.2f stacks/s in %d worker(s) beside the training; the training takes %.2f stacks/s (ratio %.1f) "
             "and waited for examples %.0f %% of the time",
             made, self.config.workers, taken, made / taken, 100 * waited / max(seconds, 1e-6),
         )  # fmt: skip
 
-    def _batches(self) -> Iterator[list[Stack]]:
-        config = self.config
+    def _batches(self) -> Iterator[list[list[Stack]]]:
+        """For every step the parts that are this process's: part p of a batch is that of process p mod processes."""
+        config, fabric = self.config, self.fabric
+        size = config.batch // self.parts
+        examples = [
+            step * config.batch + part * size + i
+            for step in range(self.step, config.steps)
+            for part in range(fabric.global_rank, self.parts, fabric.world_size)
+            for i in range(size)
+        ]
         loader = DataLoader(
             self.dataset,
-            batch_size=config.batch,
-            sampler=range(self.step * config.batch, config.steps * config.batch),
+            batch_size=size,
+            sampler=examples,
             collate_fn=list,
             num_workers=config.workers,
             worker_init_fn=_prepare_worker,
             prefetch_factor=4 if config.workers else None,
         )
         try:
-            yield from loader
+            parts = iter(loader)
+            while batch := list(islice(parts, self.parts // fabric.world_size)):
+                yield batch
         except InputError as error:  # from a worker, with its traceback in the message
             raise InputError(str(error).strip().splitlines()[-1].partition("InputError: ")[2] or str(error)) from error
 
-    def _train_step(self, stacks: list[Stack]) -> dict[str, float]:
+    def _train_step(self, batch: Sequence[Sequence[Stack]]) -> dict[str, float]:
+        """One optimiser step and one dual step; returns the terms' means over all parts of the batch."""
         o = self.config.optimizer
         warm = min(1.0, (self.step + 1) / max(1, o.warmup_steps))
         lr = o.lr * warm * o.final_lr ** (self.step / max(1, self.config.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("faster", 1.0)
-        self.model.train()
-        images = torch.stack([s.images for s in stacks]).to(self.fabric.device)
-        output = self.model(images)
-        with self.fabric.autocast():
-            terms, constraints = self.objective(self.model.module, output, stacks, self.step)
-        if constraints:
-            terms["constraints"] = self.multipliers.loss(constraints)
-        loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            values = {k: round(float(v.detach()), 4) for k, v in terms.items()}
+        self.objective.train()
+        told: list[Mapping[str, Tensor]] = []
+        violated: list[Mapping[str, Tensor]] = []
+        for index, stacks in enumerate(batch):
+            number = index * self.fabric.world_size + self.fabric.global_rank
+            last = index == len(batch) - 1
+            with self.fabric.no_backward_sync(self.objective, enabled=not last):
+                terms, constraints = self.objective(Part(stacks, self.step, number))
+                if constraints:
+                    terms["constraints"] = self.multipliers.loss(constraints)
+                if last and self._kkt_due(self.step + 1):
+                    self.stationarity = self._stationarity(terms)
+                self.fabric.backward(torch.stack(list(terms.values())).sum() / len(batch))
+            told.append({k: v.detach() for k, v in terms.items()})
+            violated.append({k: g.detach() for k, g in constraints.items()})
+        means = self._mean(told, TERMS)
+        if not all(torch.isfinite(v) for v in means.values()):
+            values = {k: round(float(v), 4) for k, v in means.items()}
             raise InputError(
                 f"Expected a finite loss, got {values} at step {self.step}; lower optimizer.lr or look at the data."
             )
-        report = constraints and (self.step + 1) % self.config.constraints.report_every == 0
-        stationarity = self._stationarity(terms) if report else None
-        self.fabric.backward(loss)
-        self.fabric.clip_gradients(self.model, self.optimizer, max_norm=o.clip)
+        self.fabric.clip_gradients(self.objective, self.optimizer, max_norm=o.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.multipliers.ascend(constraints)
-        self.ema.update_parameters(self.model.module)
-        if stationarity is not None:
-            self._report(stationarity)
-        return {k: float(v.detach()) for k, v in terms.items()}
+        self.multipliers.ascend(self._mean(violated, self.multipliers.names))
+        self.ema.update_parameters(self.model)
+        return {k: float(v) for k, v in means.items()}
 
-    def _stationarity(self, terms: dict[str, Tensor]) -> float:
-        """|grad f + grad psi| / (|grad f| + |grad psi|) of one batch: 0 where they balance, 1 where they agree."""
+    def _mean(self, rows: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+        """Means over all parts of the batch, in all processes, of the values that occur in them."""
+        table = torch.zeros(2, len(names), device=self.fabric.device)
+        for row in rows:
+            for name, value in row.items():
+                index = names.index(name)
+                table[0, index] += value
+                table[1, index] += 1
+        total, count = cast(Tensor, self.fabric.all_reduce(table, reduce_op="sum"))
+        return {name: total[i] / count[i] for i, name in enumerate(names) if count[i] > 0}
+
+    def _kkt_due(self, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        constraints = self.config.constraints
+        due = step % constraints.report_every == 0 or step == self.config.steps
+        return due and bool(self.multipliers.names) and step > constraints.start
+
+    def _stationarity(self, terms: Mapping[str, Tensor]) -> float:
+        """|grad f + grad psi| / (|grad f| + |grad psi|) of one part: 0 where they balance, 1 where they agree."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        ours = terms["constraints"]
         rest = torch.stack([v for k, v in terms.items() if k != "constraints"]).sum()
 
         def gradient(value: Tensor) -> Tensor:
@@ -383,25 +346,26 @@ class Trainer:
             return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
                               for g, p in zip(parts, parameters, strict=True)]).float()  # fmt: skip
 
-        f, psi = gradient(rest), gradient(ours)
+        if "constraints" not in terms:
+            return float("nan")
+        f, psi = gradient(rest), gradient(terms["constraints"])
         return float((f + psi).norm() / (f.norm() + psi.norm()).clamp(min=1e-12))
 
-    def _report(self, stationarity: float) -> None:
+    def _report(self, curves: Curves) -> None:
         rows = self.multipliers.report(reset=True)
-        state = summary(rows) | {"stationarity": stationarity}
-        self._log("kkt.csv", {"step": self.step + 1, **state})
-        write_text(
-            self.out / KKT,
-            json.dumps({"step": self.step + 1, **state, "constraints": [as_record(r) for r in rows]}, indent=1) + "\n",
-        )
+        state: dict[str, float | None] = {**summary(rows), "stationarity": self.stationarity}
+        curves.add("kkt", self.step, summary(rows) | {"stationarity": self.stationarity})
+        told = {name: value if math.isfinite(value) else None for name, value in state.items()}
+        record = {"step": self.step, **told, "constraints": [as_record(r) for r in rows]}
+        write_text(self.out / KKT, json.dumps(record, indent=1) + "\n")
         if conflicts := [r.name for r in rows if r.capped]:
             _logger.warning(
                 "step %d: the multipliers of %s rest at their cap: these constraints conflict with others; "
                 "lower constraints.disentangle_share or raise constraints.localise_share",
-                self.step + 1, ", ".join(conflicts),
+                self.step, ", ".join(conflicts),
             )  # fmt: skip
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         from MedRationaleTraining.evaluation import quick_validation
 
         model = cast(RationaleModel, self.ema.module)
@@ -409,16 +373,21 @@ class Trainer:
         row = quick_validation(model.eval(), str(self.config.val), self.config.validation_cases, self.tree, self.fabric)
         model.train()
         _logger.info("step %d: %s", self.step, {k: round(v, 3) for k, v in row.items()})
-        self._log("val.csv", {"step": self.step, **row})
+        return row
 
-    def _log(self, name: str, row: dict[str, float]) -> None:
-        path = self.out / name
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(row)
-            writer.writerow(round(v, 5) if isinstance(v, float) else v for v in row.values())
+
+def _optimizer(model: RationaleModel, config: FitConfig) -> torch.optim.Optimizer:
+    """AdamW; no decay of biases, norms and the heatmaps' a and b, and larger steps of these two."""
+    o = config.optimizer
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    heat = [p for name, p in named if name.startswith("heat_")]
+    rest = [p for name, p in named if not name.startswith("heat_")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1]},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": heat, "weight_decay": 0.0, "faster": HEAT_FASTER},
+    ]
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -436,12 +405,24 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 
 def _fabric(config: FitConfig) -> Fabric:
-    """One device; float32 where it only emulates bfloat16, which is several times slower."""
+    """One process, or those that torchrun or `fabric run` started; float32 where bfloat16 is only emulated."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or config.devices
+    nodes = max(1, int(os.environ.get("WORLD_SIZE", "1")) // here)
+
+    def made(precision: str) -> Fabric:
+        # f_txt is trained now and then only, and the concept embeddings are the same in all processes.
+        strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if here * nodes > 1 else "auto"
+        fabric = Fabric(
+            accelerator=config.accelerator, devices=here, num_nodes=nodes, strategy=strategy, precision=precision
+        )  # type: ignore[arg-type]
+        fabric.launch()
+        return fabric
+
     try:
-        fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        fabric = made(config.precision)
         if config.precision == "bf16-mixed" and not bf16_in_hardware(fabric.device):
             _logger.warning("%s has no bfloat16 in hardware: training in float32", fabric.device)
-            fabric = Fabric(accelerator=config.accelerator, devices=1, precision="32-true")
+            fabric = made("32-true")
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(
             f"Expected an accelerator that is there, got '{config.accelerator}' ({_first_line(error)}); "

@@ -1,0 +1,104 @@
+"""What is minimised: all terms of Eq. 2 and the constraints of Eq. 3, for the stacks that go through the model at once.
+
+Each such part of a batch is an objective of its own, and a step follows the mean of the parts' gradients, so that it
+does not matter over how many processes, or how many passes one after the other, the parts of a batch are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from MedRationaleLib.concepts import ConceptBank
+from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
+from MedRationaleLib.model.text_encoder import TextEncoder
+from MedRationaleTraining.config import FitConfig
+from MedRationaleTraining.constraints import RationaleConstraints
+from MedRationaleTraining.data.stacks import Stack, slice_answers
+from MedRationaleTraining.losses import NodeTargets, SegmentationLoss, info_nce
+from MedRationaleTraining.phrases import all_phrases, draw_phrases, draw_rationale
+
+
+class Part:
+    """Some stacks of one step. No dataclass: Fabric would copy its tensors to convert them."""
+
+    def __init__(self, stacks: Sequence[Stack], step: int, number: int) -> None:
+        """`number` is the part's place in its batch; with the step it seeds what is drawn."""
+        self.stacks, self.step, self.number = stacks, step, number
+
+
+class Objective(nn.Module):
+    """Model and losses in one forward pass, which is what DistributedDataParallel must see as a whole."""
+
+    def __init__(self, model: RationaleModel, config: FitConfig, bank: ConceptBank, tree: DecisionTree) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config.loss
+        self._seed = config.seed
+        self._phrases = all_phrases(bank)
+        self._segmentation = SegmentationLoss(config.loss)
+        self._nodes = NodeTargets(tree, list(bank))
+        self.constraints = RationaleConstraints(config.constraints, tree, list(bank))
+        self._start = config.constraints.start
+
+    def forward(self, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Name -> weighted scalar, whose sum is the objective, and name -> g of each constraint that occurs."""
+        model, stacks = self.model, part.stacks
+        device = model.concept_embeddings.device
+        output = model(torch.stack([s.images for s in stacks]).to(device))
+        masks = torch.stack([s.masks for s in stacks]).to(device)
+        size = output.mask_logits.shape[-2:]
+        if masks.shape[-2:] != size:
+            masks = nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(0, masks.shape[:2])
+        known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(device)
+        dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1), known)
+
+        scale = model.logit_scale.exp().clamp(max=100)
+        answers = [a for s in stacks for a in s.answers]
+        rng = np.random.default_rng((self._seed, part.step, part.number))
+        train_text = part.step % self._config.text_every == 0
+        concepts, rationales = self._texts(answers, part, rng) if train_text else (model.concept_embeddings, None)
+        pooled = _pool(output, stacks)
+        terms = {"dice": dice, "focal": focal}
+        terms["nodes"] = self._config.node_weight * self._nodes.loss(pooled @ concepts.T, answers, scale)
+
+        slices = output.slice_means().flatten(0, 1)
+        true_of_slices = [a for s in stacks for a in slice_answers(s)]
+        terms["slices"] = self._config.slice_weight * self._nodes.loss(slices @ concepts.T, true_of_slices, scale)
+        if rationales is not None and len(answers) > 1:
+            same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
+            similarity = pooled @ rationales.T
+            both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
+            terms["rationales"] = self._config.rationale_weight * both / 2
+        if part.step < self._start or not self.constraints.names:
+            return terms, {}
+        return terms, self.constraints(model, output, stacks, concepts, rng)
+
+    def _texts(self, answers: Sequence[dict[str, str]], part: Part, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Embeddings of a phrasing of every concept, the same for all parts of a step, and of the rationales."""
+        encoder = cast(TextEncoder, self.model.f_txt)
+        texts = draw_phrases(self._phrases, np.random.default_rng((self._seed, part.step)))
+        sentences = [draw_rationale(a, self._phrases, rng) for a in answers]
+        encoded = encoder(encoder.tokenize(texts + sentences).to(self.model.concept_embeddings.device))
+        concepts = encoded[: len(texts)]
+        self.model.concept_embeddings.copy_(concepts.detach())
+        return concepts, encoded[len(texts) :]
+
+
+def _pool(output: ModelOutput, stacks: Sequence[Stack]) -> Tensor:
+    """Mean embeddings of all stacks' regions, (R, shared_dim), in the stacks' order."""
+    device, size = output.embedding.device, output.embedding.shape[-2:]
+    most = max(s.regions.shape[0] for s in stacks)
+    weights = torch.stack([torch.nn.functional.pad(s.regions, (0, 0) * 3 + (0, most - len(s.regions))) for s in stacks])
+    weights = weights.to(device)
+    if weights.shape[-2:] != size:
+        weights = torch.nn.functional.interpolate(weights.flatten(0, 1), size, mode="area").unflatten(
+            0, weights.shape[:2]
+        )
+    pooled = output.pool(weights)
+    return torch.cat([p[: len(s.regions)] for p, s in zip(pooled, stacks, strict=True)])
