@@ -104,12 +104,19 @@ def test_cooper_walks_the_same_path(solver) -> None:
 
 def test_a_constraint_that_does_not_occur_keeps_its_multiplier_and_nan_is_left_out() -> None:
     multipliers = Multipliers(["a", "b"], ConstraintConfig(rate=0.5))
-    multipliers.ascend({"b": torch.tensor(2.0)})
-    assert multipliers.value.tolist() == [0.0, 1.0]
-    multipliers.ascend({"a": torch.tensor(float("nan")), "b": torch.tensor(-1.0)})
-    assert multipliers.value.tolist() == [0.0, 0.5]
-    assert [(r.name, r.steps, r.value) for r in multipliers.report()] == [("b", 2, 0.5)]
+    multipliers.ascend({"b": torch.tensor(0.5)})
+    assert multipliers.value.tolist() == [0.0, 0.25]
+    multipliers.ascend({"a": torch.tensor(float("nan")), "b": torch.tensor(-0.25)})
+    assert multipliers.value.tolist() == [0.0, 0.125]
+    assert [(r.name, r.steps, r.value) for r in multipliers.report()] == [("b", 2, 0.125)]
     assert float(multipliers.loss({})) == 0
+
+
+def test_what_is_far_off_moves_its_multiplier_no_faster_and_is_reported_as_it_is() -> None:
+    multipliers = Multipliers(["a"], ConstraintConfig(rate=0.5))
+    multipliers.ascend({"a": torch.tensor(60.0)})
+    assert multipliers.value.tolist() == [0.5]
+    assert multipliers.report()[0].violation == 60.0
 
 
 @pytest.mark.parametrize("solver", ["augmented", "lagrangian", "penalty"])

@@ -66,7 +66,7 @@ class RationaleModel(nn.Module):
 
         self.heat_scale = nn.Parameter(torch.tensor(15.0).log())
         """log of a in sigmoid(a cos + b)."""
-        self.heat_bias = nn.Parameter(torch.tensor(-6.0))
+        self.heat_bias = nn.Parameter(torch.tensor(-8.0))
         """b; negative, so that most of the image is dark from the start."""
 
     def heat(self, cosine: Tensor) -> Tensor:

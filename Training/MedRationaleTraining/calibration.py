@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.findings import PostprocessingConfig, clean_gland, label_lesions
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleTraining.evaluation import SPACING, predictions
+from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +37,8 @@ class Calibration:
     """Floor -> picai_eval's (AP + AUROC) / 2."""
     lesion_f2: dict[float, float]
     """Peak, at the chosen floor -> F2 over lesions."""
+    heat_thresholds: dict[str, float]
+    """Concept -> the heat from which its heatmap overlaps best with where the concept is; of those that occurred."""
 
     @property
     def postprocessing(self) -> dict[str, float]:
@@ -43,14 +49,15 @@ class Calibration:
 def calibrate(
     model: RationaleModel, folder: str | Path, *, cases: int | None = None, device: str = "cpu"
 ) -> Calibration:
-    """Search the three thresholds one after the other.
+    """Search the three thresholds one after the other, and those of the heatmaps.
 
     The gland's threshold has the best mean Dice. The lesions' floor, which sets how far a candidate reaches, has the
     best picai_eval score. That score never falls when less likely candidates are added, so it would always choose the
     lowest peak; the peak, from which a candidate is shown, has the best F2 over picai_eval's matches instead, for a
     false candidate is dismissed more easily than a lesion that was not shown is found.
     """
-    base = PostprocessingConfig()
+    base, tree = PostprocessingConfig(), DecisionTree.load()
+    overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
     gland_dice: dict[float, list[float]] = {t: [] for t in GLAND}
     results: dict[float, list[LesionResults]] = {f: [] for f in FLOORS}
     for prediction in predictions(model, folder, cases, device):
@@ -63,6 +70,13 @@ def calibrate(
         for floor in FLOORS:
             labels = label_lesions(p[3], gland, SPACING, replace(base, lesion_floor=floor, lesion_peak=floor))
             results[floor].append(match_lesions(labels, p[3], truth[3]))
+        heat = heat_maps(model, torch.from_numpy(prediction.similarity), torch.from_numpy(prediction.field)).numpy()
+        for concept, true in true_regions(prediction.stack, tree, prediction.field).items():
+            on = true.region.sum((1, 2)) > 1
+            if on.any():
+                overlaps[concept].append(
+                    intersection_over_union(heat[list(tree.bank).index(concept), on], true.region[on])
+                )
     detections = {floor: Detection(found) for floor, found in results.items()}
     mean_dice = {t: float(np.nanmean(v)) for t, v in gland_dice.items() if np.isfinite(v).any()}
     if not mean_dice or not detections[FLOORS[0]].lesions:
@@ -79,6 +93,7 @@ def calibrate(
         gland_dice=mean_dice,
         lesion_score=scores,
         lesion_f2=f2,
+        heat_thresholds={c: THRESHOLDS[int(np.concatenate(v).mean(0).argmax())] for c, v in overlaps.items()},
     )
     _logger.info("thresholds chosen on %s: %s", Path(folder).name, chosen.postprocessing)
     return chosen

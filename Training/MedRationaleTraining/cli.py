@@ -243,13 +243,16 @@ def _export(given: Namespace, console: Console) -> None:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _parser(
-        "Measure a model on a synthetic set: Dice, lesion average precision, examination AUROC and\n"
-        "concept retrieval by node, each with a 95 % bootstrap interval.\n"
-        "Writes evaluation.json and evaluation.md."
+        "Measure a model on a synthetic set, every figure with its 95 % bootstrap interval:\n"
+        "  masks       Dice of gland, zones and lesions, lesion average precision, examination AUROC\n"
+        "  evidence    relevance mass accuracy, pointing game and overlap of heatmaps, similarity maps and Grad-CAM\n"
+        "  rationales  right concepts by node, by slice and by patient, against answers from logits and from masks;\n"
+        "              zone and PI-RADS category; how often mask and rationale contradict each other\n"
+        "Writes evaluation.json, evaluation.md, evidence_rma.svg and evidence_examples.svg."
     )
     parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
     parser.add_argument("--data", type=Path, required=True, help="Synthetic set, best of the test split.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for the two files.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the files.")
     parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many examinations.")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda.")
     return parser

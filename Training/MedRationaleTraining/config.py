@@ -173,7 +173,8 @@ def check(config: FitConfig) -> None:
     rules: tuple[tuple[bool, str, object], ...] = (
         (bool(config.train), "at least one synthetic set in train (make one with `synthesize`)", config.train),
         (config.steps >= 1, "steps of at least 1", config.steps),
-        (config.batch >= 1 and config.devices >= 1, "batch and devices of at least 1", (config.batch, config.devices)),
+        (config.batch >= 1, "batch of at least 1", config.batch),
+        (config.devices >= 1, "devices of at least 1", config.devices),
         (config.micro_batch is None or (config.micro_batch >= 1 and config.batch % config.micro_batch == 0),
          "a batch that is a multiple of micro_batch", (config.batch, config.micro_batch)),
         (loss.text_every >= 1, "loss.text_every of at least 1", loss.text_every),

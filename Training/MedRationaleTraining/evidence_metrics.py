@@ -133,6 +133,13 @@ def lesion_gradcam(model: RationaleModel, encoded: Tensor, detail: Sequence[Tens
     return torch.cat(maps)
 
 
+@torch.no_grad()
+def heat_maps(model: RationaleModel, similarity: Tensor, field: Tensor) -> Tensor:
+    """(K, S, h, w) cosine -> (K, S, 64, 64) heat, dark where T2W has no data: `field` (S, 64, 64) is its share."""
+    device = model.concept_embeddings.device
+    return on_region_grid(model.heat(similarity.to(device))).cpu() * field.cpu()
+
+
 def evidence_maps(model: RationaleModel, similarity: Tensor, cam: Tensor, field: Tensor) -> dict[str, np.ndarray]:
     """Every source's maps, dark where T2W has no data, for there is no image there to light up on.
 
@@ -148,7 +155,7 @@ def evidence_maps(model: RationaleModel, similarity: Tensor, cam: Tensor, field:
     cam = on_region_grid(cam[None]) * field
     cam = cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-12)
     maps = {
-        "heatmap": on_region_grid(model.heat(similarity)) * field,
+        "heatmap": heat_maps(model, similarity, field),
         "similarity": on_region_grid(similarity.clamp(min=0)) * field,
         "gradcam": cam,
     }

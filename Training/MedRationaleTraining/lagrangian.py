@@ -2,13 +2,14 @@
 
 One class solves three problems that differ in what they add to the objective and in how a multiplier changes:
 
-augmented   psi(g, m) = m g + rho g^2 / 2 where g > -m / rho, else -m^2 / (2 rho)     m <- clamp(m + rate g)
-lagrangian  m g                                                                      m <- clamp(m + rate g)
+augmented   psi(g, m) = m g + rho g^2 / 2 where g > -m / rho, else -m^2 / (2 rho)     m <- clamp(m + rate min(g, 1))
+lagrangian  m g                                                                      m <- clamp(m + rate min(g, 1))
 penalty     weight max(g, 0)                                                         m is the weight, and stays
 
 (Rockafellar's psi; Nocedal and Wright, Numerical Optimization, 17.4. With rate = rho the first is the method of
-multipliers.) A multiplier is at least 0 and at most `cap`; one that rests at its cap says that the constraints
-conflict with one another or with the objective.
+multipliers. In the dual step g counts as 1 at most: heatmaps that are far off at the start would else drive their
+multipliers to the cap before the weights have moved.) A multiplier is at least 0 and at most `cap`; one that rests at
+its cap says that the constraints conflict with one another or with the objective.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Multipliers(nn.Module):
         self.total[where] += g
         self.count[where] += 1
         if self._config.solver != "penalty":
-            self.value[where] = (self.value[where] + self._config.rate * g).clamp(0.0, self._config.cap)
+            self.value[where] = (self.value[where] + self._config.rate * g.clamp(max=1.0)).clamp(0.0, self._config.cap)
 
     def report(self, *, reset: bool = False) -> list[Kkt]:
         """Every constraint that occurred since the last reset."""
