@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class Calibration:
     """Floor -> picai_eval's (AP + AUROC) / 2."""
     lesion_f2: dict[float, float]
     """Peak, at the chosen floor -> F2 over lesions."""
-    heat_thresholds: dict[str, float]
+    heat_thresholds: dict[str, float] = field(default_factory=dict)
     """Concept -> the heat from which its heatmap overlaps best with where the concept is; of those that occurred."""
 
     @property
@@ -49,19 +50,38 @@ class Calibration:
 def calibrate(
     model: RationaleModel, folder: str | Path, *, cases: int | None = None, device: str = "cpu"
 ) -> Calibration:
-    """Search the three thresholds one after the other, and those of the heatmaps.
+    """Search the three thresholds of the masks, and of each concept's heatmap the one of the best overlap."""
+    tree = DecisionTree.load()
+    concepts = list(tree.bank)
+    overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def masks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for found in predictions(model, folder, cases, device):
+            heat = heat_maps(model, torch.from_numpy(found.similarity), torch.from_numpy(found.field)).numpy()
+            for concept, true in true_regions(found.stack, tree, found.field).items():
+                on = true.region.sum((1, 2)) > 1
+                if on.any():
+                    overlap = intersection_over_union(heat[concepts.index(concept), on], true.region[on])
+                    overlaps[concept].append(overlap)
+            yield found.probabilities, found.truth
+
+    chosen = calibrate_masks(masks(), folder)
+    best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
+    return replace(chosen, heat_thresholds={concept: THRESHOLDS[int(i)] for concept, i in best.items()})
+
+
+def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray]], folder: str | Path) -> Calibration:
+    """Search the three thresholds one after the other, on (4, S, 256, 256) probabilities and truth.
 
     The gland's threshold has the best mean Dice. The lesions' floor, which sets how far a candidate reaches, has the
     best picai_eval score. That score never falls when less likely candidates are added, so it would always choose the
     lowest peak; the peak, from which a candidate is shown, has the best F2 over picai_eval's matches instead, for a
     false candidate is dismissed more easily than a lesion that was not shown is found.
     """
-    base, tree = PostprocessingConfig(), DecisionTree.load()
-    overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
+    base = PostprocessingConfig()
     gland_dice: dict[float, list[float]] = {t: [] for t in GLAND}
     results: dict[float, list[LesionResults]] = {f: [] for f in FLOORS}
-    for prediction in predictions(model, folder, cases, device):
-        p, truth = prediction.probabilities, prediction.truth
+    for p, truth in masks:
         gland = np.zeros(truth[0].shape, bool)
         for threshold in GLAND:
             mask = clean_gland(p[0], SPACING, replace(base, gland_threshold=threshold))
@@ -70,13 +90,6 @@ def calibrate(
         for floor in FLOORS:
             labels = label_lesions(p[3], gland, SPACING, replace(base, lesion_floor=floor, lesion_peak=floor))
             results[floor].append(match_lesions(labels, p[3], truth[3]))
-        heat = heat_maps(model, torch.from_numpy(prediction.similarity), torch.from_numpy(prediction.field)).numpy()
-        for concept, true in true_regions(prediction.stack, tree, prediction.field).items():
-            on = true.region.sum((1, 2)) > 1
-            if on.any():
-                overlaps[concept].append(
-                    intersection_over_union(heat[list(tree.bank).index(concept), on], true.region[on])
-                )
     detections = {floor: Detection(found) for floor, found in results.items()}
     mean_dice = {t: float(np.nanmean(v)) for t, v in gland_dice.items() if np.isfinite(v).any()}
     if not mean_dice or not detections[FLOORS[0]].lesions:
@@ -93,7 +106,6 @@ def calibrate(
         gland_dice=mean_dice,
         lesion_score=scores,
         lesion_f2=f2,
-        heat_thresholds={c: THRESHOLDS[int(np.concatenate(v).mean(0).argmax())] for c, v in overlaps.items()},
     )
     _logger.info("thresholds chosen on %s: %s", Path(folder).name, chosen.postprocessing)
     return chosen

@@ -159,16 +159,21 @@ def _fit(given: Namespace, console: Console) -> None:
 
 
 def _train(config: FitConfig, console: Console) -> None:
+    from MedRationaleTraining.baselines import BaselineTrainer, export_baseline
     from MedRationaleTraining.export import export_run
     from MedRationaleTraining.lagrangian import kkt_table
     from MedRationaleTraining.trainer import KKT, Trainer
 
-    trainer = Trainer(config)
+    run = Path(config.out)
+    trainer = BaselineTrainer(config) if config.baseline else Trainer(config)
     trainer.fit()
     if not trainer.fabric.is_global_zero:
         return
-    folder = export_run(Path(config.out), Path(config.out) / "model", calibrate_on=config.val)
-    if (kkt := Path(config.out) / KKT).exists():
+    if config.baseline:
+        folder = export_baseline(run, run / "model", name=config.baseline, calibrate_on=config.val)
+    else:
+        folder = export_run(run, run / "model", calibrate_on=config.val)
+    if (kkt := run / KKT).exists():
         console.print(kkt_table(json.loads(kkt.read_text(encoding="utf-8"))))
     console.print(f"The model is in {folder}; look at it with `medrationale-train evaluate --model {folder}`.")
 
@@ -261,9 +266,11 @@ def _evaluate_parser() -> ArgumentParser:
 def _evaluate(given: Namespace, console: Console) -> None:
     from rich.markdown import Markdown
 
+    from MedRationaleTraining.baselines import evaluate_baseline, is_baseline
     from MedRationaleTraining.evaluation import evaluate, markdown
 
-    report = evaluate(given.model, given.data, given.out, cases=given.cases, device=given.device)
+    measure = evaluate_baseline if is_baseline(given.model) else evaluate
+    report = measure(given.model, given.data, given.out, cases=given.cases, device=given.device)
     console.print(Markdown(markdown(report)))
     console.print(f"evaluation.json and evaluation.md are in {given.out}")
 

@@ -117,6 +117,8 @@ class FitConfig:
     """Synthetic set of other patients, for the curves and the thresholds."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of the network; the defaults are `compact`."""
+    baseline: Literal["unet", "swin_unetr"] | None = None
+    """Train MONAI's network of that name instead of the model, to compare with; it segments and gives no reason."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Which slices are seen, and how they are varied."""
     loss: LossConfig = field(default_factory=LossConfig)

@@ -21,7 +21,7 @@ from rich.progress import track
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.findings import PostprocessingConfig, clean_gland, label_lesions, split_zones
-from MedRationaleLib.model.checkpoint import Checkpoint, load_checkpoint
+from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.precision import autocast
 from MedRationaleLib.model.rationale_model import RationaleModel
@@ -93,8 +93,8 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
             output = model(torch.stack([stack.images, stack.images.flip(-1)]).to(device))
     finally:
         hook.remove()
-    probabilities = _mean_of_mirrored(output.mask_logits.sigmoid()).permute(1, 0, 2, 3)
-    logits = _mean_of_mirrored(output.mask_logits)
+    probabilities = mean_of_mirrored(output.mask_logits.sigmoid()).permute(1, 0, 2, 3)
+    logits = mean_of_mirrored(output.mask_logits)
     size = stack.images.shape[-2:]
     full = torch.nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
     concepts = model.concept_embeddings
@@ -103,17 +103,15 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
         target = output.embedding.shape[-2:]
         weights = torch.nn.functional.interpolate(weights.flatten(0, 1), target, mode="area").unflatten(0, (2, -1))
     _, valid, labels, regions = make_stack(exam, 0, len(exam.labels))
-    zone = np.where(valid[0], labels & 3, 0)
-    lesion = valid[0] & ((labels & LESION_BIT) > 0)
-    similarity = _mean_of_mirrored(torch.stack([output.similarity(i, concepts) for i in (0, 1)]))
+    similarity = mean_of_mirrored(torch.stack([output.similarity(i, concepts) for i in (0, 1)]))
     field = torch.nn.functional.interpolate(torch.from_numpy(valid[:1]).float(), (REGION_PIXELS,) * 2, mode="area")[0]
     maps = {}
     if evidence:
         cam = lesion_gradcam(model, encoder["features"], encoder["detail"]).unflatten(0, (2, -1))
-        maps = evidence_maps(model, similarity, _mean_of_mirrored(cam), field.to(device))
+        maps = evidence_maps(model, similarity, mean_of_mirrored(cam), field.to(device))
     return Prediction(
         probabilities=full.float().cpu().numpy() * valid[0],
-        truth=np.stack([zone > 0, zone == 1, zone == 2, lesion]),
+        truth=true_masks(labels, valid[0]),
         pooled=(output.pool(weights).mean(0) @ concepts.T).cpu().numpy(),
         slices=(output.slice_means().mean(0) @ concepts.T).cpu().numpy(),
         similarity=similarity.cpu().numpy(),
@@ -127,7 +125,13 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
     )
 
 
-def _mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:
+def true_masks(labels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Packed labels and where T2W has data, (S, 256, 256) -> (4, S, 256, 256) bool: gland, PZ, TZ, lesion."""
+    zone = np.where(valid, labels & 3, 0)
+    return np.stack([zone > 0, zone == 1, zone == 2, valid & ((labels & LESION_BIT) > 0)])
+
+
+def mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:
     """(2, ..., w), of the image and of its mirror image -> (..., w)."""
     return (pair[0] + pair[1].flip(-1)) / 2
 
@@ -141,43 +145,60 @@ def predictions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaseResult:
-    """One examination."""
+class MaskResult:
+    """The masks of one examination."""
 
     dice: dict[str, float]
     """Volume Dice of gland, PZ, TZ and lesion; nan where there is none."""
     smoothed: tuple[float, ...]
     """The paper's Dice of every slice with a lesion."""
     lesions: LesionResults
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseResult:
+    """One examination."""
+
+    masks: MaskResult
     answers: dict[str, list[tuple[str, str, str, bool]]]
     """"regions" and "slices" -> (node, zone, true concept, retrieved or not)."""
     evidence: EvidenceScores
     rationale: RationaleResult
 
 
+def assess_masks(
+    probabilities: np.ndarray, truth: np.ndarray, config: PostprocessingConfig
+) -> tuple[MaskResult, dict[str, np.ndarray]]:
+    """Post-process as inference does, and compare: (4, S, 256, 256) probabilities and truth -> result and masks."""
+    gland = clean_gland(probabilities[0], SPACING, config)
+    pz, tz = split_zones(probabilities[1], probabilities[2], gland, SPACING, config)
+    # Candidates of every likelihood make the curves of AP and AUROC; those from lesion_peak up are what a user sees.
+    p = probabilities[3]
+    every = label_lesions(p, gland, SPACING, replace(config, lesion_peak=config.lesion_floor))
+    shown = [k for k in range(1, int(every.max()) + 1) if p[every == k].max() >= config.lesion_peak]
+    lesion = np.isin(every, shown) & (every > 0)
+    volume = {n: dice(a, t) for n, a, t in zip(CLASSES, (gland, pz, tz, lesion), truth, strict=True)}
+    positive = np.flatnonzero(truth[3].any((1, 2)))
+    if not positive.size:
+        volume["lesion"] = float("nan")
+    result = MaskResult(
+        dice=volume,
+        smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
+        lesions=match_lesions(every, p, truth[3]),
+    )
+    return result, {"gland": gland, "pz": pz, "tz": tz, "lesions": every * lesion}
+
+
 def assess(
     prediction: Prediction, config: PostprocessingConfig, tree: DecisionTree, targets: NodeTargets, concepts: list[str]
 ) -> CaseResult:
-    """Post-process as inference does, and compare."""
-    p, truth = prediction.probabilities, prediction.truth
-    gland = clean_gland(p[0], SPACING, config)
-    pz, tz = split_zones(p[1], p[2], gland, SPACING, config)
-    # Candidates of every likelihood make the curves of AP and AUROC; those from lesion_peak up are what a user sees.
-    every = label_lesions(p[3], gland, SPACING, replace(config, lesion_peak=config.lesion_floor))
-    shown = [k for k in range(1, int(every.max()) + 1) if p[3][every == k].max() >= config.lesion_peak]
-    lesion = np.isin(every, shown) & (every > 0)
-    positive = np.flatnonzero(truth[3].any((1, 2)))
-    volume = {n: dice(a, t) for n, a, t in zip(CLASSES, (gland, pz, tz, lesion), truth, strict=True)}
-    if not positive.size:
-        volume["lesion"] = float("nan")
+    """Masks, answers, evidence and rationales against what is true."""
+    result, masks = assess_masks(prediction.probabilities, prediction.truth, config)
     kept = np.flatnonzero(prediction.seen)
     of_slices = slice_answers(prediction.stack)
-    masks = {"gland": gland, "pz": pz, "tz": tz, "lesions": every * lesion}
     places = true_regions(prediction.stack, tree, prediction.field)
     return CaseResult(
-        dice=volume,
-        smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
-        lesions=match_lesions(every, p[3], truth[3]),
+        masks=result,
         answers={
             "regions": _retrieved(prediction.pooled, prediction.stack.answers, targets, concepts),
             "slices": _retrieved(prediction.slices[kept], [of_slices[s] for s in kept], targets, concepts),
@@ -201,6 +222,14 @@ def _retrieved(
     return found
 
 
+def summarise_masks(results: Sequence[MaskResult], config: PostprocessingConfig) -> dict[str, dict[str, Any]]:
+    """Dice and detection, each an Estimate as a mapping."""
+    metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
+    metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
+    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_peak)
+    return {k: asdict(v) for k, v in metrics.items()}
+
+
 def summarise(
     results: Sequence[CaseResult],
     config: PostprocessingConfig,
@@ -208,12 +237,9 @@ def summarise(
     heat_thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Every figure with its interval over examinations; `heat_thresholds` are those of `summarise_evidence`."""
-    metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
-    metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
-    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_peak)
     retrieval = {unit: _accuracies([r.answers[unit] for r in results]) for unit in UNITS}
     return {
-        "metrics": {k: asdict(v) for k, v in metrics.items()},
+        "metrics": summarise_masks([r.masks for r in results], config),
         "retrieval": retrieval,
         "evidence": summarise_evidence([r.evidence for r in results], tree, heat_thresholds),
         **summarise_rationale([r.rationale for r in results]),
@@ -260,7 +286,8 @@ def evaluate(
             example = example_of(prediction, places, tree, concepts)
             examples += [example] if example is not None else []
     thresholds = checkpoint.training.get("calibration", {}).get("heat_thresholds")
-    report = _header(checkpoint, Path(data), len(results), config) | summarise(results, config, tree, thresholds)
+    about = header(checkpoint.model.config.name, checkpoint.sha256, Path(data), len(results), config)
+    report = about | summarise(results, config, tree, thresholds)
     text = json.dumps(report, indent=1, allow_nan=False)
     report = json.loads(text)
     out.mkdir(parents=True, exist_ok=True)
@@ -271,12 +298,13 @@ def evaluate(
     return report
 
 
-def _header(checkpoint: Checkpoint, data: Path, cases: int, config: PostprocessingConfig) -> dict[str, Any]:
+def header(name: str, sha256: str, data: Path, cases: int, config: PostprocessingConfig) -> dict[str, Any]:
+    """What evaluation.json says first: of which weights, on what."""
     made = describe_set(data)
     return {
         "format": 1,
-        "model": checkpoint.model.config.name,
-        "weights_sha256": checkpoint.sha256,
+        "model": name,
+        "weights_sha256": sha256,
         "data": {**{k: made[k] for k in ("name", "split", "seed")}, "examinations": cases},
         "postprocessing": asdict(config),
     }
@@ -293,12 +321,8 @@ def quick_validation(
         stack = whole_exam(StoredExam.open(path))
         with fabric.autocast():
             output = model(stack.images[None].to(fabric.device))
-        predicted = output.mask_logits[0].cpu().numpy() > 0
-        masks = stack.masks
-        if masks.shape[-2:] != predicted.shape[-2:]:
-            masks = torch.nn.functional.interpolate(masks, predicted.shape[-2:], mode="area")
-        for c, name in enumerate(CLASSES):
-            scores[f"dice_{name}"].append(dice(predicted[:, c], masks[:, c].numpy() > 0.5))
+        for name, value in raw_dice(output.mask_logits[0], stack).items():
+            scores[f"dice_{name}"].append(value)
         regions = stack.regions
         if regions.shape[-2:] != output.embedding.shape[-2:]:
             regions = torch.nn.functional.interpolate(regions, output.embedding.shape[-2:], mode="area")
@@ -309,3 +333,11 @@ def quick_validation(
                 scores[f"acc_{node}"].append(float(best == truth))
     names = [f"dice_{n}" for n in CLASSES] + [f"acc_{n}" for n in targets.nodes]
     return {n: float(np.nanmean(scores[n])) if scores[n] else float("nan") for n in names}
+
+
+def raw_dice(logits: torch.Tensor, stack: Stack) -> dict[str, float]:
+    """(S, 4, h, w) logits at 0.5, before any post-processing -> volume Dice of each class."""
+    predicted, masks = logits.cpu().numpy() > 0, stack.masks
+    if masks.shape[-2:] != predicted.shape[-2:]:
+        masks = torch.nn.functional.interpolate(masks, predicted.shape[-2:], mode="area")
+    return {name: dice(predicted[:, c], masks[:, c].numpy() > 0.5) for c, name in enumerate(CLASSES)}

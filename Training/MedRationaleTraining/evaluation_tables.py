@@ -34,7 +34,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {LABELS[k]} | {_cell(row)} | {row['n']} |" for k, row in report["metrics"].items()),
     ]
-    for unit, words in UNITS.items():
+    for unit, words in UNITS.items() if "retrieval" in report else ():
         lines += [
             "",
             f"Concept retrieval on {words}; the baseline always gives the zone's commonest answer.",

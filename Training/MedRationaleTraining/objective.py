@@ -32,6 +32,24 @@ class Part:
         self.stacks, self.step, self.number = stacks, step, number
 
 
+class MaskObjective(nn.Module):
+    """Dice and focal loss alone, for networks that segment and say nothing."""
+
+    constrained: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, config: FitConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._segmentation = SegmentationLoss(config.loss)
+
+    def forward(self, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As Objective's; no constraint occurs."""
+        device = next(self.model.parameters()).device
+        logits = self.model(torch.stack([s.images for s in part.stacks]).to(device)).float()
+        dice, focal = _segmentation_terms(self._segmentation, logits, part.stacks)
+        return {"dice": dice, "focal": focal}, {}
+
+
 class Objective(nn.Module):
     """Model and losses in one forward pass, which is what DistributedDataParallel must see as a whole."""
 
@@ -44,6 +62,7 @@ class Objective(nn.Module):
         self._segmentation = SegmentationLoss(config.loss)
         self._nodes = NodeTargets(tree, list(bank))
         self.constraints = RationaleConstraints(config.constraints, tree, list(bank))
+        self.constrained = self.constraints.names
         self._start = config.constraints.start
 
     def forward(self, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -51,12 +70,7 @@ class Objective(nn.Module):
         model, stacks = self.model, part.stacks
         device = model.concept_embeddings.device
         output = model(torch.stack([s.images for s in stacks]).to(device))
-        masks = torch.stack([s.masks for s in stacks]).to(device)
-        size = output.mask_logits.shape[-2:]
-        if masks.shape[-2:] != size:
-            masks = nn.functional.interpolate(masks.flatten(0, 1), size, mode="area").unflatten(0, masks.shape[:2])
-        known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(device)
-        dice, focal = self._segmentation(output.mask_logits.flatten(0, 1), masks.flatten(0, 1), known)
+        dice, focal = _segmentation_terms(self._segmentation, output.mask_logits, stacks)
 
         scale = model.logit_scale.exp().clamp(max=100)
         answers = [a for s in stacks for a in s.answers]
@@ -75,7 +89,7 @@ class Objective(nn.Module):
             similarity = pooled @ rationales.T
             both = info_nce(similarity, same, scale) + info_nce(similarity.T, same.T, scale)
             terms["rationales"] = self._config.rationale_weight * both / 2
-        if part.step < self._start or not self.constraints.names:
+        if part.step < self._start or not self.constrained:
             return terms, {}
         return terms, self.constraints(model, output, stacks, concepts, rng)
 
@@ -88,6 +102,16 @@ class Objective(nn.Module):
         concepts = encoded[: len(texts)]
         self.model.concept_embeddings.copy_(concepts.detach())
         return concepts, encoded[len(texts) :]
+
+
+def _segmentation_terms(loss: SegmentationLoss, logits: Tensor, stacks: Sequence[Stack]) -> tuple[Tensor, Tensor]:
+    """(B, S, classes, h, w) logits against the stacks' masks."""
+    masks = torch.stack([s.masks for s in stacks]).to(logits.device)
+    if masks.shape[-2:] != logits.shape[-2:]:
+        resized = nn.functional.interpolate(masks.flatten(0, 1), logits.shape[-2:], mode="area")
+        masks = resized.unflatten(0, masks.shape[:2])
+    known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(logits.device)
+    return loss(logits.flatten(0, 1), masks.flatten(0, 1), known)
 
 
 def _pool(output: ModelOutput, stacks: Sequence[Stack]) -> Tensor:

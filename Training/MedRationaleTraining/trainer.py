@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -35,7 +35,7 @@ from MedRationaleTraining.curves import Curves
 from MedRationaleTraining.data.stacks import Stack, StackDataset
 from MedRationaleTraining.data.synthetic import describe_set, stored_exams
 from MedRationaleTraining.lagrangian import Multipliers, as_record, summary
-from MedRationaleTraining.objective import Objective, Part
+from MedRationaleTraining.objective import MaskObjective, Objective, Part
 from MedRationaleTraining.phrases import all_phrases
 
 ensure_torchvision()
@@ -116,13 +116,13 @@ class Trainer:
         self.tree = DecisionTree.load()
         self.fabric = _fabric(config)
         seed_everything(config.seed, verbose=False)
-        model, self.vocabulary, self.initial = build_model(config, self.bank)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = model
-        objective = Objective(model, config, self.bank, self.tree)
-        self.objective, self.optimizer = self.fabric.setup(objective, _optimizer(model, config))
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema), use_buffers=False)
-        self.multipliers = Multipliers(objective.constraints.names, config.constraints).to(self.fabric.device)
+        self.vocabulary: list[int] = []
+        self.initial: dict[str, Any] | None = None
+        objective = self._build()
+        self.model = objective.model.to(memory_format=torch.channels_last)
+        self.objective, self.optimizer = self.fabric.setup(objective, _optimizer(self.model, config))
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema), use_buffers=False)
+        self.multipliers = Multipliers(objective.constrained, config.constraints).to(self.fabric.device)
         self.step = 0
         self.stationarity = math.nan
         self.parts = config.batch // (config.micro_batch or config.batch)
@@ -132,6 +132,11 @@ class Trainer:
                 f"Expected the {self.parts} parts of a batch (batch / micro_batch) to go evenly into the "
                 f"{self.fabric.world_size} processes, got a remainder; choose another batch or micro_batch."
             )
+
+    def _build(self) -> Objective | MaskObjective:
+        """The model and its losses."""
+        model, self.vocabulary, self.initial = build_model(self.config, self.bank)
+        return Objective(model, self.config, self.bank, self.tree)
 
     # ------------------------------------------------------------ state
 
@@ -195,8 +200,8 @@ class Trainer:
 
     # ------------------------------------------------------------ loop
 
-    def fit(self) -> RationaleModel:
-        """Train to the last step and return the averaged model, with its concept embeddings in place."""
+    def fit(self) -> nn.Module:
+        """Train to the last step and return the averaged model."""
         config, first_process = self.config, self.fabric.is_global_zero
         if self.resume():
             _logger.info("resumed at step %d", self.step)
@@ -241,6 +246,10 @@ class Trainer:
                 before = time.monotonic()
         if curves is not None:
             curves.close()
+        return self._averaged()
+
+    def _averaged(self) -> nn.Module:
+        """The averaged model, with its concept embeddings in place."""
         model = cast(RationaleModel, self.ema.module)
         store_concept_embeddings(model, self.bank)
         return model.eval()
@@ -368,15 +377,14 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         from MedRationaleTraining.evaluation import quick_validation
 
-        model = cast(RationaleModel, self.ema.module)
-        store_concept_embeddings(model, self.bank)
-        row = quick_validation(model.eval(), str(self.config.val), self.config.validation_cases, self.tree, self.fabric)
+        model = self._averaged()
+        row = quick_validation(model, str(self.config.val), self.config.validation_cases, self.tree, self.fabric)
         model.train()
         _logger.info("step %d: %s", self.step, {k: round(v, 3) for k, v in row.items()})
         return row
 
 
-def _optimizer(model: RationaleModel, config: FitConfig) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     """AdamW; no decay of biases, norms and the heatmaps' a and b, and larger steps of these two."""
     o = config.optimizer
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
