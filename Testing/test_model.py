@@ -196,6 +196,13 @@ def test_inference_imports_no_text_stack(folder: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_images_of_another_size_are_resized_to_the_models() -> None:
+    model, images = tiny_model(), torch.randn(1, 2, 3, 128, 128)
+    small = torch.nn.functional.interpolate(images[0], (64, 64), mode="bilinear")[None]
+    with torch.no_grad():
+        assert torch.equal(model(images).mask_logits, model(small).mask_logits)
+
+
 @pytest.mark.parametrize(("form", "heat"), [("sigmoid", None), ("relu", [0.0, 0.3, 1.0]), ("raw", [-0.4, 0.3, 1.0])])
 def test_heat_grows_with_the_cosine_and_is_dark_where_it_is_negative(form: str, heat: list[float] | None) -> None:
     model = RationaleModel(replace(TINY, heatmap=form), ["a"])

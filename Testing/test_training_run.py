@@ -28,7 +28,7 @@ from training_samples import TINY, tiny_run  # noqa: E402
 
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import load_checkpoint  # noqa: E402
-from MedRationaleLib.model.config import ModelConfig  # noqa: E402
+from MedRationaleLib.model.config import ModelConfig, medsam_biomedclip  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,7 +226,9 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
         ({"steps": 0}, "steps of at least 1"),
         ({"batch": 0}, "batch of at least 1"),
         ({"model": replace(TINY, heads=3)}, "heads must divide embed_dim"),
-        ({"model": replace(TINY, pixels=128)}, "model.pixels of 256"),
+        ({"model": replace(TINY, pixels=250)}, "a model that can be built"),
+        ({"batch": 3, "micro_batch": 2}, "a multiple of micro_batch"),
+        ({"constraints": ConstraintConfig(disentangle_share=1.5)}, "disentangle_share above 0 up to 1"),
         ({"model": replace(TINY, text=replace(TINY.text, kind="biomedclip"))}, "model.text.folder"),
         ({"sampling": SamplingConfig(slices=25)}, "sampling.slices from 1 to 24"),
         ({"sampling": SamplingConfig(move=2.0)}, "shares from 0 to 1"),
@@ -469,11 +471,23 @@ def test_help_teaches(command: list[str], capsys) -> None:
         assert "Learning rate after warm-up" in text
 
 
-def test_the_shipped_configuration_is_what_the_shipped_weights_ended_with() -> None:
+def config_of(path: Path) -> FitConfig:
     from MedRationaleTraining.cli import _fit_config, _fit_parser
 
-    given = _fit_parser().parse_args(["--config", str(ROOT / "Training" / "configs" / "compact.yaml")])
-    config = _fit_config(given)
+    return _fit_config(_fit_parser().parse_args(["--config", str(path)]))
+
+
+def test_the_papers_configuration_is_the_papers_model() -> None:
+    config = config_of(ROOT / "Training" / "configs" / "paper.yaml")
+    assert replace(config.model, text=medsam_biomedclip().text) == medsam_biomedclip()
+    assert config.model.text.kind == "biomedclip" and config.model.text.folder
+    assert config.optimizer.betas == (0.9, 0.999) and config.optimizer.weight_decay == 1e-3
+    assert config.loss.focal_alpha == 0.97 and config.loss.focal_gamma == 2.0
+    assert config.constraints.disentangle and config.constraints.localise and config.constraints.solver == "augmented"
+
+
+def test_the_shipped_configuration_is_what_the_shipped_weights_ended_with() -> None:
+    config = config_of(ROOT / "Training" / "configs" / "compact.yaml")
     assert config.model == ModelConfig()
     written = json.loads(json.dumps(asdict(config)))
     settings = load_checkpoint("compact").training["settings"]

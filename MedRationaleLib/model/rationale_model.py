@@ -82,8 +82,14 @@ class RationaleModel(nn.Module):
         self.f_txt = TextEncoder(self.config.text, self.config.shared_dim, vocabulary)
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """(B, S, 3, H, W) float32, z-scored per slice and channel; S neighbouring slices from inferior to superior."""
+        """(B, S, 3, H, W) float32, z-scored per slice and channel; S neighbouring slices from inferior to superior.
+
+        Images of another size than the model's are resized bilinearly (paper, Appendix D).
+        """
         batch, slices = images.shape[:2]
+        if images.shape[-1] != self.config.pixels:
+            resized = nn.functional.interpolate(images.flatten(0, 1), (self.config.pixels,) * 2, mode="bilinear")
+            images = resized.unflatten(0, (batch, slices))
         detail = self.detail(images.flatten(0, 1)) if self.detail is not None else ()
         encoded = self.f_img(images, detail)
         logits = self.f_mask(encoded, detail).float()

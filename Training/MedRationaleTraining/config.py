@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.model.config import ModelConfig
-from MedRationaleLib.synthesis.fields import PIXELS, SLICES
+from MedRationaleLib.synthesis.fields import SLICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,6 @@ def check(config: FitConfig) -> None:
         (config.validate_every >= 1, "validate_every of at least 1", config.validate_every),
         (config.validation_cases >= 1, "validation_cases of at least 1", config.validation_cases),
         (m.problem() is None, f"a model that can be built ({m.problem()})", m.name),
-        (m.pixels == PIXELS, f"model.pixels of {PIXELS}, which synthetic sets have", m.pixels),
         (m.text.kind != "biomedclip" or m.text.folder is not None, "model.text.folder with a tokenizer", None),
         (1 <= s.slices <= SLICES, f"sampling.slices from 1 to {SLICES}, which synthetic sets have", s.slices),
         (all(0 <= share <= 1 for share in shares), "shares from 0 to 1 in sampling", shares),
