@@ -451,6 +451,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    Trainer(tiny_run(run, tiny_set, steps=2, save_every=1)).fit()
+    moved = run.rename(tmp_path / "moved")
+    assert main(["resume", "--run", str(moved), "--steps", "3"]) == 0, capsys.readouterr().err
+    assert read_state(moved / STATE)["step"] == 3
+    assert "KKT conditions at step 3" in capsys.readouterr().out
+    assert json.loads((moved / "run.json").read_text())["history"] == [{"step": 2, "changed": {"steps": [2, 3]}}]
+    assert list((moved / "tensorboard").iterdir())
+    assert main(["resume", "--run", str(tmp_path)]) == 2
+    assert "Expected a run's settings in" in capsys.readouterr().err
+
+
 def test_an_interrupt_says_how_to_go_on(tiny_set: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt
