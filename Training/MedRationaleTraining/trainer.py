@@ -306,12 +306,13 @@ class Trainer:
         for index, stacks in enumerate(batch):
             number = index * self.fabric.world_size + self.fabric.global_rank
             last = index == len(batch) - 1
+            part = Part(stacks, self.step, number)
+            if last and self._kkt_due(self.step + 1):
+                self.stationarity = self._stationarity(part)
             with self.fabric.no_backward_sync(self.objective, enabled=not last):
-                terms, constraints = self.objective(Part(stacks, self.step, number))
+                terms, constraints = self.objective(part)
                 if constraints:
                     terms["constraints"] = self.multipliers.loss(constraints)
-                if last and self._kkt_due(self.step + 1):
-                    self.stationarity = self._stationarity(terms)
                 self.fabric.backward(torch.stack(list(terms.values())).sum() / len(batch))
             told.append({k: v.detach() for k, v in terms.items()})
             violated.append({k: g.detach() for k, g in constraints.items()})
@@ -345,19 +346,23 @@ class Trainer:
         due = step % constraints.report_every == 0 or step == self.config.steps
         return due and bool(self.multipliers.names) and step > constraints.start
 
-    def _stationarity(self, terms: Mapping[str, Tensor]) -> float:
-        """|grad f + grad psi| / (|grad f| + |grad psi|) of one part: 0 where they balance, 1 where they agree."""
+    def _stationarity(self, part: Part) -> float:
+        """|grad f + grad psi| / (|grad f| + |grad psi|) of one part: 0 where they balance, 1 where they agree.
+
+        In a pass of its own, past Fabric's and DistributedDataParallel's wrappers, which expect one backward pass each.
+        """
+        with self.fabric.autocast():
+            terms, constraints = cast(Objective, self.objective.module)(part)
+        if not constraints:
+            return math.nan
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        rest = torch.stack([v for k, v in terms.items() if k != "constraints"]).sum()
 
         def gradient(value: Tensor) -> Tensor:
             parts = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
                               for g, p in zip(parts, parameters, strict=True)]).float()  # fmt: skip
 
-        if "constraints" not in terms:
-            return float("nan")
-        f, psi = gradient(rest), gradient(terms["constraints"])
+        f, psi = gradient(torch.stack(list(terms.values())).sum()), gradient(self.multipliers.loss(constraints))
         return float((f + psi).norm() / (f.norm() + psi.norm()).clamp(min=1e-12))
 
     def _report(self, curves: Curves) -> None:

@@ -80,7 +80,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     wanted = json.dumps(settings)
     if stamp.exists() and stamp.read_text(encoding="utf-8") != wanted:
         raise InputError(
-            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding="utf-8")}; "
+            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding='utf-8')}; "
             "choose another folder or remove this one."
         )
     write_text(stamp, wanted)
