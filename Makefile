@@ -13,7 +13,7 @@ DEMO := build/demo
 # Threads that spin while they wait make torch many times slower when anything else uses the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint tables bench-train clean
 
 install: $(STAMP)
 
@@ -47,6 +47,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+# The README's tables, from the figures that are kept beside the shipped model.
+tables: install
+	$(BIN)/python -m MedRationaleTraining.ablation README.md Resources/Models/compact/metrics.json
+
+# The loader against the training step, and the step against the same with segment_anything's own attention.
+bench-train: install
+	$(BIN)/medrationale-train speed
 
 # Leaves $(VENV) alone: it takes minutes to make; remove it by hand.
 clean:

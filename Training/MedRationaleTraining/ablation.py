@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
+import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from rich.progress import track
 from scipy.stats import t as student
 
+from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable, write_text
+from MedRationaleLib.model.checkpoint import load_checkpoint
+from MedRationaleLib.model.precision import autocast
 from MedRationaleTraining.config import ConstraintConfig, FitConfig, check
-from MedRationaleTraining.data.synthetic import describe_set
+from MedRationaleTraining.constraints import RationaleConstraints
+from MedRationaleTraining.data.stacks import whole_exam
+from MedRationaleTraining.data.synthetic import StoredExam, describe_set, stored_exams
 from MedRationaleTraining.evaluation import evaluate
 from MedRationaleTraining.export import export_run
-from MedRationaleTraining.trainer import KKT, Trainer
+from MedRationaleTraining.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 METRICS = "metrics.json"
+MARKS = ("<!-- ablation -->", "<!-- /ablation -->")
+"""In README.md, around the table."""
 ARMS = {
     "none": "without constraints",
     "disentangle": "disentanglement only",
@@ -35,7 +47,7 @@ FIGURES = {
     "lesion_dice": "lesion Dice",
     "gland_dice": "gland Dice",
     "inconsistency": "inconsistency rate",
-    "max_violation": "largest violation, in epsilon",
+    "max_violation": "largest violation, in units of epsilon",
 }
 
 
@@ -101,8 +113,10 @@ def ablate(
         "settings": {k: v for k, v in asdict(config).items() if k in ("steps", "batch", "constraints", "optimizer")},
         "ablation": {arm: {f: _over_seeds(v) for f, v in rows.items()} for arm, rows in values.items()},
     }
-    write_text(out / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return record
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write_text(out / METRICS, text)
+    written: dict[str, Any] = json.loads(text)
+    return written
 
 
 def _measure(config: FitConfig, test: str | Path, cases: int | None) -> dict[str, float | None]:
@@ -113,14 +127,35 @@ def _measure(config: FitConfig, test: str | Path, cases: int | None) -> dict[str
         model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
         evaluate(model, test, run / "test", cases=cases)
     report = json.loads(done.read_text(encoding="utf-8"))
-    kkt = run / KKT
+    both = replace(config.constraints, disentangle=True, localise=True)
     return {
         "rma": report["evidence"]["rma_lesion"]["value"],
         "lesion_dice": report["metrics"]["dice_lesion"]["value"],
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices"]["value"],
-        "max_violation": json.loads(kkt.read_text(encoding="utf-8"))["max_violation"] if kkt.exists() else None,
+        "max_violation": max(violations(run / "model", test, both, cases).values(), default=None),
     }
+
+
+@torch.no_grad()
+def violations(
+    model: str | Path, data: str | Path, constraints: ConstraintConfig, cases: int | None = None
+) -> dict[str, float]:
+    """Constraint -> max(mean g, 0) over whole examinations, in units of its epsilon; 0 where it is held.
+
+    Measured alike for every arm, also for constraints that an arm was not trained with.
+    """
+    network = load_checkpoint(model).model
+    compute = RationaleConstraints(constraints, DecisionTree.load(), network.concepts)
+    values: dict[str, list[float]] = defaultdict(list)
+    for index, folder in enumerate(track(stored_exams(data)[:cases], "Constraints")):
+        stack = whole_exam(StoredExam.open(folder))
+        with autocast("cpu"):
+            output = network(stack.images[None])
+        found = compute(network, output, [stack], network.concept_embeddings, np.random.default_rng(index))
+        for name, g in found.items():
+            values[name].append(float(g))
+    return {name: max(float(np.mean(g)), 0.0) for name, g in values.items()}
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
@@ -150,6 +185,14 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_table(text: str, record: Mapping[str, Any]) -> str:
+    """The README with the table of `record` between its two marks."""
+    found = re.search(f"{MARKS[0]}\n.*?{MARKS[1]}", text, re.DOTALL)
+    if found is None:
+        raise InputError(f"Expected the lines {MARKS[0]} and {MARKS[1]}, found none; put them where the table goes.")
+    return text[: found.start()] + f"{MARKS[0]}\n{table(record)}{MARKS[1]}" + text[found.end() :]
+
+
 def _commit() -> str | None:
     """Of the working copy that this runs from, "+" where it has changes."""
     try:
@@ -160,3 +203,9 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+if __name__ == "__main__":  # make tables
+    readme, record = (Path(argument) for argument in sys.argv[1:])
+    filled = with_table(readme.read_text(encoding="utf-8"), json.loads(record.read_text(encoding="utf-8")))
+    write_text(readme, filled)

@@ -1,0 +1,117 @@
+"""The ablation: every arm from one start, measured alike, gone on with, and told in one table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("torch")
+
+import MedRationaleTraining.ablation as ablation  # noqa: E402
+from MedRationaleTraining.ablation import ARMS, FIGURES, METRICS, ablate, arms, table, violations, with_table  # noqa: E402
+from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
+from training_samples import tiny_run  # noqa: E402
+
+from MedRationaleLib.errors import InputError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ROOT / "Training" / "configs" / "ablations"
+
+
+@pytest.fixture(scope="module")
+def few_thresholds():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("MedRationaleTraining.calibration.GLAND", (0.5,))
+        patch.setattr("MedRationaleTraining.calibration.FLOORS", (0.4,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory):
+    return tiny_run(tmp_path_factory.mktemp("ablation"), tiny_set, steps=2, val=str(tiny_set), validation_cases=1)
+
+
+@pytest.fixture(scope="module")
+def record(few_thresholds, config, tiny_set: Path):
+    return ablate(config, SETTINGS, tiny_set, seeds=[0, 1], cases=1, command="this")
+
+
+def test_the_arms_differ_in_the_constraints_alone() -> None:
+    chosen = arms(SETTINGS, ConstraintConfig(localise_share=0.3))
+    assert {k: (c.disentangle, c.localise, c.solver) for k, c in chosen.items()} == {
+        "none": (False, False, "augmented"),
+        "disentangle": (True, False, "augmented"),
+        "both": (True, True, "augmented"),
+        "penalty": (True, True, "penalty"),
+    }
+    assert {c.localise_share for c in chosen.values()} == {0.3}
+
+
+def test_every_arm_is_measured_alike_and_the_record_says_how(record, config) -> None:
+    assert json.loads((Path(config.out) / METRICS).read_text()) == record
+    assert record["command"] == "this" and record["seeds"] == [0, 1] and record["commit"]
+    assert record["split"]["examinations"] == 1
+    assert list(record["ablation"]) == list(ARMS)
+    for rows in record["ablation"].values():
+        assert list(rows) == list(FIGURES)
+        assert all(len(row["per_seed"]) == 2 for row in rows.values())
+        assert rows["max_violation"]["mean"] > 0  # two steps from random weights hold no constraint
+        low, high = rows["gland_dice"]["ci95"]
+        assert low <= rows["gland_dice"]["mean"] <= high
+
+
+def test_what_is_done_is_not_done_again(record, config, tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_):
+        raise AssertionError("a finished run is trained again")
+
+    monkeypatch.setattr(ablation, "Trainer", fails)
+    again = ablate(config, SETTINGS, tiny_set, seeds=[0, 1], cases=1, command="this")
+    assert again == record
+
+
+def test_violations_are_those_of_the_largest_constraint_and_never_negative(record, config, tiny_set: Path) -> None:
+    model = Path(config.out) / "both" / "seed0" / "model"
+    found = violations(model, tiny_set, ConstraintConfig(), cases=1)
+    assert min(found.values()) >= 0
+    assert record["ablation"]["both"]["max_violation"]["per_seed"][0] == pytest.approx(max(found.values()))
+    loose = violations(model, tiny_set, ConstraintConfig(localise_share=50.0, disentangle=False), cases=1)
+    assert all(loose[name] <= found[name] for name in loose)
+
+
+def test_the_table_stands_between_its_marks(record) -> None:
+    text = with_table("before\n<!-- ablation -->\nold\n<!-- /ablation -->\nafter\n", record)
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert table(record) in text and ARMS["both"] in text
+    assert with_table(text, record) == text
+    with pytest.raises(InputError, match="<!-- ablation -->"):
+        with_table("no marks", record)
+
+
+def test_the_readmes_table_is_made_of_the_figures_beside_the_shipped_model() -> None:
+    shipped = ROOT / "Resources" / "Models" / "compact" / METRICS
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(readme, json.loads(shipped.read_text(encoding="utf-8"))) == readme, "run `make tables`"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("disentangled: yes", "Expected settings"), ("[1", "Expected the settings of an arm")]
+)
+def test_settings_of_an_arm_that_are_none_are_one_sentence(given: str, expected: str, tmp_path: Path) -> None:
+    for arm in ARMS:
+        (tmp_path / f"{arm}.yaml").write_text(given)
+    with pytest.raises(InputError, match=expected):
+        arms(tmp_path, ConstraintConfig())
+
+
+def test_the_command_asks_for_a_validation_set(tiny_set: Path, tmp_path: Path, capsys) -> None:
+    run = tiny_run(tmp_path / "out", tiny_set)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(run)))))
+    given = ["ablate", "--config", str(tmp_path / "run.yaml"), "--arms", str(SETTINGS), "--test", str(tiny_set)]
+    assert main(given) == 2
+    assert "validation set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
