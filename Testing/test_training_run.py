@@ -484,10 +484,10 @@ def test_help_teaches(command: list[str], capsys) -> None:
         assert "Learning rate after warm-up" in text
 
 
-def config_of(path: Path) -> FitConfig:
+def config_of(*paths: Path) -> FitConfig:
     from MedRationaleTraining.cli import _fit_config, _fit_parser
 
-    return _fit_config(_fit_parser().parse_args(["--config", str(path)]))
+    return _fit_config(_fit_parser().parse_args([word for path in paths for word in ("--config", str(path))]))
 
 
 def test_the_papers_configuration_is_the_papers_model() -> None:
@@ -497,6 +497,20 @@ def test_the_papers_configuration_is_the_papers_model() -> None:
     assert config.optimizer.betas == (0.9, 0.999) and config.optimizer.weight_decay == 1e-3
     assert config.loss.focal_alpha == 0.97 and config.loss.focal_gamma == 2.0
     assert config.constraints.disentangle and config.constraints.localise and config.constraints.solver == "augmented"
+
+
+@pytest.mark.parametrize("name", ["unet", "swin_unetr", "no_text"])
+def test_what_a_baseline_changes_is_the_network_or_the_text_alone(name: str) -> None:
+    folder = ROOT / "Training" / "configs"
+    ours = config_of(folder / "compact.yaml")
+    other = config_of(folder / "compact.yaml", folder / "baselines" / f"{name}.yaml")
+    if name == "no_text":
+        assert (other.loss.node_weight, other.loss.slice_weight, other.loss.rationale_weight) == (0, 0, 0)
+        assert not other.constraints.disentangle and not other.constraints.localise
+        other = replace(other, loss=ours.loss, constraints=ours.constraints)
+    else:
+        assert other.baseline == name
+    assert replace(other, out=ours.out, baseline=None) == ours
 
 
 def test_the_shipped_configuration_is_what_the_shipped_weights_ended_with() -> None:
