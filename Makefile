@@ -54,7 +54,7 @@ tables: install
 
 # The loader against the training step, and the step against the same with segment_anything's own attention.
 bench-train: install
-	$(BIN)/medrationale-train speed
+	$(BIN)/medrationale-train speed --config Training/configs/compact.yaml
 
 # Leaves $(VENV) alone: it takes minutes to make; remove it by hand.
 clean:

@@ -60,10 +60,10 @@ def test_a_baseline_is_trained_and_measured_by_the_same_commands(
 
 def test_a_stopped_baseline_goes_on_to_the_same_bits(tiny_set: Path, tmp_path: Path) -> None:
     class Stopped(BaselineTrainer):
-        def _train_step(self, batch):
+        def train_step(self, batch):
             if self.step == 1:
                 raise KeyboardInterrupt
-            return super()._train_step(batch)
+            return super().train_step(batch)
 
     def config(name: str):
         return tiny_run(tmp_path / name, tiny_set, steps=2, save_every=1, baseline="unet")

@@ -21,7 +21,7 @@ from MedRationaleLib.concepts import ConceptBank  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import compact, medsam_biomedclip  # noqa: E402
-from MedRationaleLib.model.image_encoder import AxialMixer  # noqa: E402
+from MedRationaleLib.model.image_encoder import AxialMixer, FoldedAttention  # noqa: E402
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
 from MedRationaleLib.model.torchvision_guard import sam_modeling  # noqa: E402
@@ -118,6 +118,24 @@ def test_a_trained_axial_mixer_sees_the_neighbouring_slices_of_its_own_stack_onl
     changed[0] = torch.randn(2, 2, 16)
     moved = (mixer(changed, slices=3) - mixer(x, slices=3)).abs().amax((1, 2, 3)) > 1e-6
     assert moved.tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 6)])
+def test_folded_attention_gives_segment_anythings_values_and_gradients(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    stock = sam_modeling().image_encoder.Attention(12, 3, use_rel_pos=True, input_size=(6, 6)).double()
+    for table in (stock.rel_pos_h, stock.rel_pos_w):  # zero at initialisation
+        torch.nn.init.normal_(table)
+    ours = FoldedAttention(12, 3, use_rel_pos=True, input_size=(6, 6)).double()
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(2, *shape, 12, dtype=torch.float64)
+    outputs = [layer(x) for layer in (stock, ours)]
+    assert torch.allclose(*outputs, atol=1e-12)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, a), b in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.allclose(a.grad, b.grad, atol=1e-10), name
 
 
 def test_the_decoder_without_detail_is_segment_anythings_called_image_by_image() -> None:

@@ -20,7 +20,8 @@ from MedRationaleTraining.data.real_backgrounds import RealBackgrounds, bend, lo
 from MedRationaleTraining.data.stacks import DIFFUSION_NODES, StackDataset, slice_answers, whole_exam  # noqa: E402
 from MedRationaleTraining.data.synthetic import StoredExam, SynthesisConfig, make_set, stored_exams  # noqa: E402
 from MedRationaleTraining.metrics import dice  # noqa: E402
-from MedRationaleTraining.speed import measure  # noqa: E402
+from MedRationaleTraining.speed import measure, stock_attention  # noqa: E402
+from training_samples import TINY, tiny_run  # noqa: E402
 
 from MedRationaleLib.decision_tree import DecisionTree  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
@@ -138,11 +139,33 @@ def test_a_slice_is_told_by_its_largest_lesion_or_has_none(tiny_set: Path) -> No
         assert {"lesion_presence": "lesion_absent"} in answers
 
 
-def test_the_speed_of_loading_and_of_synthesis_is_measured(tiny_set: Path) -> None:
-    speed = measure(tiny_set, examples=2, exams=1)
-    assert speed.stacks and speed.slices == pytest.approx(8 * speed.stacks)
-    assert speed.exams > 0
-    assert measure(None, exams=1).stacks is None
+def test_loading_synthesis_and_steps_are_timed_and_leave_the_model_as_it_was(tiny_set: Path, tmp_path: Path) -> None:
+    speed = measure(tiny_run(tmp_path, tiny_set), examples=2, exams=1, rounds=2)
+    assert speed.stacks > 0 and speed.exams > 0
+    assert len(speed.steps) == len(speed.stock) == 2
+    assert speed.trained == pytest.approx(2 / np.mean(speed.steps))
+    assert speed.gain == pytest.approx(np.mean(speed.stock) / np.mean(speed.steps))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_step_is_also_timed_with_segment_anythings_own_attention() -> None:
+    from MedRationaleLib.model.image_encoder import FoldedAttention
+    from MedRationaleLib.model.rationale_model import RationaleModel
+
+    model = RationaleModel(TINY, ["a"]).eval()
+    images = torch.randn(1, 2, 3, 256, 256)
+    called = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        folded = FoldedAttention.forward
+        patch.setattr(FoldedAttention, "forward", lambda *given: called.append(1) or folded(*given))
+        ours = model(images).embedding
+        count = len(called)
+        with stock_attention(model):
+            stock = model(images).embedding
+        assert count == TINY.depth and len(called) == count
+        model(images)
+        assert len(called) == 2 * count
+    assert torch.allclose(ours, stock, atol=1e-4)
 
 
 # ------------------------------------------------------------------ label maps

@@ -147,10 +147,10 @@ def test_a_run_that_learns_its_text_now_and_then_resumes_to_the_same_bits(tiny_s
         return tiny_run(tmp_path / name, tiny_set, steps=4, save_every=1, loss=LossConfig(text_every=3), **changes)
 
     class Stopped(Trainer):
-        def _train_step(self, stacks):
+        def train_step(self, stacks):
             if self.step == 2:
                 raise KeyboardInterrupt
-            return super()._train_step(stacks)
+            return super().train_step(stacks)
 
     with pytest.raises(KeyboardInterrupt):
         Stopped(config("stopped")).fit()
@@ -185,12 +185,12 @@ def test_training_on_one_example_lowers_its_terms(
     rows = []
 
     class Repeating(Trainer):
-        def _batches(self):
+        def batches(self):
             told = [stack for stack in map(self.dataset.__getitem__, range(12)) if len(stack.answers) > 2]
             return iter([[told[:2]]] * self.config.steps)
 
-        def _train_step(self, batch):
-            rows.append(super()._train_step(batch))
+        def train_step(self, batch):
+            rows.append(super().train_step(batch))
             return rows[-1]
 
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=5, final_lr=1.0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from MedRationaleLib.model.config import ModelConfig
@@ -94,6 +95,30 @@ class AxialMixer(nn.Module):
         return x + self.up(y)
 
 
+class FoldedAttention(_sam.image_encoder.Attention):  # type: ignore[name-defined]
+    """segment_anything's attention with its decomposed relative positions as further features of query and key.
+
+    q k^T / sqrt(d) + r_h + r_w = [q / sqrt(d), r_h, r_w] [k, onehot(row), onehot(column)]^T, so that fused attention
+    does it all, and no map of tokens by tokens is built. Same weights, same state_dict keys.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, h, w, D) -> the same shape."""
+        batch, h, w, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        get_rel_pos = _sam.image_encoder.get_rel_pos
+        grid = q.unflatten(2, (h, w))
+        by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(h, h, self.rel_pos_h).to(q.dtype))
+        by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(w, w, self.rel_pos_w).to(q.dtype))
+        q = torch.cat([q * self.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)
+        row = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, 0)
+        column = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
+        k = torch.cat([k, torch.cat([row, column], 1).expand(batch, self.num_heads, -1, -1)], -1)
+        out = nn.functional.scaled_dot_product_attention(q, k, nn.functional.pad(v, (0, h + w)), scale=1.0)
+        out = out[..., : v.shape[-1]].transpose(1, 2).reshape(batch, h, w, -1)
+        return self.proj(out)
+
+
 class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
     """segment_anything's ImageEncoderViT (same state_dict keys), plus `axial.*` where slices are mixed."""
 
@@ -113,6 +138,9 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
             global_attn_indexes=config.global_attention,
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            side = block.window_size or config.pixels // config.patch
+            block.attn = FoldedAttention(config.embed_dim, config.heads, use_rel_pos=True, input_size=(side, side))
         every = config.axial_every
         if config.detail_dim:
             self.detail = zeroed(nn.Conv2d(8 * config.detail_dim, config.embed_dim, 1))

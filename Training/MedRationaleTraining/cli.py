@@ -325,22 +325,34 @@ def _ablate(given: Namespace, console: Console) -> None:
 
 
 def _speed_parser() -> ArgumentParser:
-    parser = _parser("Time the making and the loading of examples in one process; `fit` tells its own step's speed.")
-    parser.add_argument("--data", type=Path | None, default=None, help="Synthetic set to load stacks from.")
+    parser = _parser(
+        "Time the making and the loading of examples in one process, and the training step of a configuration, also\n"
+        "with segment_anything's own attention. The examples are those of `train`, or phantoms where it is not there."
+    )
+    parser.add_argument("--config", action="config", help="YAML file, such as Training/configs/compact.yaml.")
     parser.add_argument("--examples", type=int, default=20, help="Stacks to load.")
     parser.add_argument("--exams", type=int, default=3, help="Examinations to synthesise.")
+    parser.add_argument("--rounds", type=int, default=5, help="Steps with each attention, taken in turn.")
+    parser.add_class_arguments(FitConfig)
     return parser
 
 
 def _speed(given: Namespace, console: Console) -> None:
     from MedRationaleTraining.speed import measure
 
-    if given.examples < 1 or given.exams < 1:
-        raise InputError(f"Expected at least 1 example and 1 exam, got {given.examples} and {given.exams}.")
-    speed = measure(given.data, given.examples, given.exams)
-    if speed.stacks is not None:
-        console.print(f"loading: {speed.stacks:.1f} stacks/s, {speed.slices:.0f} slices/s")
+    counts = {name: given.pop(name) for name in ("examples", "exams", "rounds")}
+    config = _fit_config(given)
+    if min(counts.values()) < 1:
+        raise InputError(f"Expected at least 1 example, exam and round, got {', '.join(map(str, counts.values()))}.")
+    speed = measure(config, **counts)
+    spread = f"{min(speed.steps):.2f} to {max(speed.steps):.2f}"
     console.print(f"synthesis: {speed.exams:.2f} examinations/s, {24 * speed.exams:.0f} slices/s")
+    console.print(f"loading: {speed.stacks:.1f} stacks/s, {speed.stacks * speed.slices:.0f} slices/s")
+    console.print(
+        f"training: {speed.batch / speed.trained:.2f} s a step ({spread}), {speed.trained * speed.slices:.1f} slices/s"
+    )
+    console.print(f"the loader makes {speed.stacks / speed.trained:.1f} times what the training takes")
+    console.print(f"the same step with segment_anything's own attention takes {speed.gain:.2f} times as long")
 
 
 _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
@@ -352,7 +364,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
     "export": (_export_parser, "Write a model folder from a run."),
     "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
     "score": (_score_parser, "Compare a model with an expert's masks of real examinations."),
-    "speed": (_speed_parser, "Time synthesis and loading."),
+    "speed": (_speed_parser, "Time synthesis, loading and the training step."),
 }
 _RUN = {
     "synthesize": _synthesize,

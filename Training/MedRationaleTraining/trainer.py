@@ -222,9 +222,9 @@ class Trainer:
             running: dict[str, float] = {}
             start = before = time.monotonic()
             first, waited = self.step, 0.0
-            for parts in self._batches():
+            for parts in self.batches():
                 waited += time.monotonic() - before
-                terms = self._train_step(parts)
+                terms = self.train_step(parts)
                 for name, value in terms.items():
                     running[name] = 0.98 * running.get(name, value) + 0.02 * value
                 self.step += 1
@@ -267,7 +267,7 @@ class Trainer:
             made, self.config.workers, taken, made / taken, 100 * waited / max(seconds, 1e-6),
         )  # fmt: skip
 
-    def _batches(self) -> Iterator[list[list[Stack]]]:
+    def batches(self) -> Iterator[list[list[Stack]]]:
         """For every step the parts that are this process's: part p of a batch is that of process p mod processes."""
         config, fabric = self.config, self.fabric
         size = config.batch // self.parts
@@ -293,7 +293,7 @@ class Trainer:
         except InputError as error:  # from a worker, with its traceback in the message
             raise InputError(str(error).strip().splitlines()[-1].partition("InputError: ")[2] or str(error)) from error
 
-    def _train_step(self, batch: Sequence[Sequence[Stack]]) -> dict[str, float]:
+    def train_step(self, batch: Sequence[Sequence[Stack]]) -> dict[str, float]:
         """One optimiser step and one dual step; returns the terms' means over all parts of the batch."""
         o = self.config.optimizer
         warm = min(1.0, (self.step + 1) / max(1, o.warmup_steps))
