@@ -58,6 +58,18 @@ def test_a_found_and_a_missed_lesion_are_counted(scored):
     assert score.best_lesion_dice == 1.0 and len(score.hits) == 1 and score.hits[0].startswith("lesion-1 PZ")
 
 
+@pytest.mark.parametrize("where", ["on the lesion", "everywhere", "nowhere"])
+def test_the_evidence_of_the_finding_is_held_against_the_experts_lesion(scored, assessment, case, where):
+    lesion = sitk.GetArrayFromImage(assessment.lesions) == 1
+    heat = {"on the lesion": lesion, "everywhere": np.ones_like(lesion), "nowhere": np.zeros_like(lesion)}[where]
+    for key in [s.evidence for s in assessment.findings[0].rationale if s.evidence]:
+        assessment.evidence[key] = sample_assessments.on_grid(heat.astype(np.float32), assessment.gland)
+    score = real_cases.score_cases("any", [case])[0]
+    share = np.mean([plane.mean() for plane in lesion if plane.any()])
+    expected = {"on the lesion": 1.0, "everywhere": pytest.approx(share, abs=1e-4), "nowhere": None}[where]
+    assert score.lesion_rma == expected
+
+
 def test_the_scores_are_written_shown_and_read_for_the_card_of_the_same_weights(scored, tmp_path, monkeypatch):
     weights = SimpleNamespace(sha256="abc")
     monkeypatch.setattr(real_cases, "load_checkpoint", lambda model: weights)

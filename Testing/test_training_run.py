@@ -484,6 +484,20 @@ def test_help_teaches(command: list[str], capsys) -> None:
         assert "Learning rate after warm-up" in text
 
 
+def test_curves_keep_each_term_in_its_column_whichever_comes_first(tmp_path: Path) -> None:
+    from MedRationaleTraining.curves import Curves
+
+    curves = Curves(tmp_path, 0)
+    curves.add("train", 1, {"dice": 0.5, "focal": 0.25})
+    curves.add("train", 2, {"focal": 0.125, "rationales": 1.0, "dice": 0.75})
+    curves.close()
+    curves = Curves(tmp_path, 2)
+    curves.add("train", 3, {"rationales": 2.0, "dice": 1.0, "focal": 0.0})
+    curves.close()
+    rows = (tmp_path / "train.csv").read_text().split()
+    assert rows == ["step,dice,focal,rationales", "1,0.5,0.25,", "2,0.75,0.125,1.0", "3,1.0,0.0,2.0"]
+
+
 def config_of(*paths: Path) -> FitConfig:
     from MedRationaleTraining.cli import _fit_config, _fit_parser
 

@@ -30,12 +30,13 @@ class Curves:
     def add(self, name: str, step: int, row: Mapping[str, float]) -> None:
         """One row of one of NAMES."""
         path = self._out / f"{name}.csv"
-        new = not path.exists()
+        head = path.read_text(encoding="utf-8").partition("\n")[0].split(",") if path.exists() else ["step"]
+        if added := [key for key in row if key not in head]:  # a term that does not occur at every step
+            earlier = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+            head += added
+            write_text(path, "\n".join([",".join(head), *(line + "," * len(added) for line in earlier)]) + "\n")
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([step, *(round(v, 5) for v in row.values())])
+            csv.DictWriter(file, head).writerow({"step": step} | {k: round(v, 5) for k, v in row.items()})
         for key, value in row.items():
             self._board.add_scalar(f"{name}/{key}", value, step)
 

@@ -11,12 +11,14 @@ import SimpleITK as sitk
 from rich.progress import track
 from rich.table import Table
 
-from MedRationaleLib.assessment import Assessment
+from MedRationaleLib.assessment import Assessment, Finding
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import write_text
 from MedRationaleLib.inference import Predictor
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.study import Study
+from MedRationaleTraining.constraints import NOT_DESCRIBED
+from MedRationaleTraining.evidence_metrics import relevance_mass
 from MedRationaleTraining.metrics import dice
 
 SCORES = "real_cases.json"
@@ -42,6 +44,8 @@ class CaseScore:
     findings: int
     best_lesion_dice: float | None
     """Of the finding that overlaps an expert's lesion most."""
+    lesion_rma: float | None
+    """Relevance mass accuracy of that finding's heatmaps on the slices of the lesion that it hits; see `_rma`."""
     hits: tuple[str, ...]
     """Of each finding that hits a lesion: id, zone, PI-RADS."""
 
@@ -66,6 +70,8 @@ def _score(assessment: Assessment, folder: Path) -> CaseScore:
         labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray((lesion > 0).astype(np.uint8))))
         pieces = [labels == label for label in range(1, int(labels.max()) + 1)]
     overlaps = {f: [dice(found == f.label, piece) for piece in pieces] for f in assessment.findings} if pieces else {}
+    best = max(overlaps, key=lambda f: max(overlaps[f]), default=None)
+    hit = best is not None and max(overlaps[best]) >= OVERLAP
 
     def against(image: sitk.Image, truth: np.ndarray | None) -> float | None:
         return None if truth is None else round(dice(sitk.GetArrayFromImage(image) > 0, truth), 4)
@@ -81,9 +87,19 @@ def _score(assessment: Assessment, folder: Path) -> CaseScore:
         if lesion is None
         else sum(any(o[i] >= OVERLAP for o in overlaps.values()) for i in range(len(pieces))),
         findings=len(assessment.findings),
-        best_lesion_dice=round(max((max(o) for o in overlaps.values()), default=0.0), 4) if pieces else None,
+        best_lesion_dice=(round(max(overlaps[best]), 4) if best else 0.0) if pieces else None,
+        lesion_rma=_rma(assessment, best, pieces[int(np.argmax(overlaps[best]))]) if best and hit else None,
         hits=tuple(f"{f.id} {f.zone} PI-RADS {f.pirads}" for f, o in overlaps.items() if max(o) >= OVERLAP),
     )
+
+
+def _rma(assessment: Assessment, finding: Finding, lesion: np.ndarray) -> float | None:
+    """Mean RMA of the heatmaps of the concepts that describe a finding, over the lesion's slices (paper, Eq. 5)."""
+    slices = lesion.any((1, 2))
+    keys = [s.evidence for s in finding.rationale if s.evidence and s.node not in NOT_DESCRIBED]
+    heat = (sitk.GetArrayViewFromImage(assessment.evidence[key])[slices] for key in keys)
+    values = np.concatenate([np.zeros(0), *(relevance_mass(h, lesion[slices].astype(float)) for h in heat)])
+    return round(float(np.nanmean(values)), 4) if np.isfinite(values).any() else None
 
 
 def _mask(path: Path, reference: sitk.Image) -> np.ndarray | None:
@@ -118,7 +134,7 @@ def read_scores(path: Path, sha256: str) -> list[CaseScore]:
     return scores
 
 
-COLUMNS = ("case", "missing", "gland", "PZ", "TZ", "lesions found", "findings", "lesion Dice", "hits")
+COLUMNS = ("case", "missing", "gland", "PZ", "TZ", "lesions found", "findings", "lesion Dice", "lesion RMA", "hits")
 
 
 def rows(scores: list[CaseScore]) -> list[list[str]]:
@@ -128,8 +144,9 @@ def rows(scores: list[CaseScore]) -> list[list[str]]:
         figures = ["-" if v is None else f"{v:.3f}" for v in (s.gland, s.pz, s.tz)]
         found = "-" if s.lesions is None else f"{s.lesions_found} of {s.lesions}"
         best = "-" if s.best_lesion_dice is None else f"{s.best_lesion_dice:.3f}"
+        rma = "-" if s.lesion_rma is None else f"{s.lesion_rma:.3f}"
         missing = ", ".join(s.missing) or "-"
-        table.append([s.case, missing, *figures, found, str(s.findings), best, "; ".join(s.hits) or "-"])
+        table.append([s.case, missing, *figures, found, str(s.findings), best, rma, "; ".join(s.hits) or "-"])
     return table
 
 
