@@ -6,6 +6,7 @@ The page's text and looks are in Resources/Report; this module says what goes in
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ def build_report(assessment: Assessment) -> str:
     tree = DecisionTree.load(assessment.decision_tree, bank)
     pictures = ReportPictures(assessment)
     heat_numbers = {key: number for number, key in enumerate(assessment.evidence)}
+    facts = study_facts(assessment.study.patient)
     views = [_finding_view(finding, tree, pictures, heat_numbers) for finding in assessment.findings]
     loader = jinja2.FileSystemLoader(resource_path("Report"))
     environment = jinja2.Environment(
@@ -132,9 +134,10 @@ def build_report(assessment: Assessment) -> str:
         suspicion=SUSPICION,
         close=CLOSE,
         synthetic=is_synthetic(assessment),
-        patient=[(_label(key), value) for key, value in study_facts(assessment.study.patient)],
+        patient=[(_label(key), value) for key, value in facts if not key.endswith("_uid")],
         model=_one_line(assessment.manifest.get("model")) or "not recorded",
-        manifest=list(_flat(plain(assessment.manifest))),
+        manifest=[(_label(key), value) for key, value in facts if key.endswith("_uid")]
+        + list(_flat(plain(assessment.manifest))),
         warnings=tuple(dict.fromkeys((*assessment.study.warnings, *assessment.warnings))),
         viewer_data=Markup(_viewer_data(assessment, bank, pictures)),
         style=Markup(resource_path("Report/report.css").read_text(encoding="utf-8")),
@@ -148,9 +151,9 @@ def is_synthetic(assessment: Assessment) -> bool:
 
 
 def study_facts(patient: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is known of patient and study, without what the banner says already; long identifiers last."""
+    """What is known of patient and study, without what the banner says already; dates as ISO 8601 writes them."""
     told = [(key, value) for key, value in patient.items() if value not in (None, "") and key != "synthetic"]
-    return sorted(told, key=lambda fact: fact[0].endswith("_uid"))
+    return [(key, re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", v) if key.endswith("_date") else v) for key, v in told]
 
 
 def _finding_view(
@@ -266,7 +269,7 @@ def _one_line(value: Any) -> str:
 def _label(key: str) -> str:
     """ "study_date" -> "Study date", with units and abbreviations as people write them."""
     words = [
-        {"uid": "UID", "id": "ID", "psa": "PSA", "ml": "(ml)", "mm": "(mm)", "s": "(s)"}.get(word, word)
+        {"uid": "UID", "id": "ID", "psa": "PSA", "ml": "(ml)", "mm": "(mm)", "s": "(s)", "t": "(T)"}.get(word, word)
         for word in str(key).split("_")
     ]
     text = " ".join(words)

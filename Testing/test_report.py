@@ -187,6 +187,16 @@ def test_a_patient_gets_no_synthetic_banner(assessment: Assessment) -> None:
     assert "Synthetic images" not in html and "Study date" in html
 
 
+def test_the_header_has_dates_as_people_read_them_and_leaves_identifiers_to_the_table_below(
+    assessment: Assessment,
+) -> None:
+    patient = {"study_date": "20110707", "field_strength_t": 3.0, "study_uid": "1.2.3.4"}
+    page = Page(build_report(replace(assessment, study=replace(assessment.study, patient=patient))))
+    header, table = page.find("header")[0]["text"], page.find("table", "manifest")[0]["text"]
+    assert "2011-07-07" in header and "Field strength (T)" in header and "1.2.3.4" not in header
+    assert "1.2.3.4" in table
+
+
 def test_texts_from_files_are_escaped(assessment: Assessment) -> None:
     evil = "<script>alert('x')</script>" + "long " * 200
     finding = replace(assessment.findings[0], sector=evil, contradictions=(evil,))
