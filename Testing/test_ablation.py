@@ -92,12 +92,6 @@ def test_the_table_stands_between_its_marks(record) -> None:
         with_table("no marks", record)
 
 
-def test_the_readmes_table_is_made_of_the_figures_beside_the_shipped_model() -> None:
-    shipped = ROOT / "Resources" / "Models" / "compact" / METRICS
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_table(readme, json.loads(shipped.read_text(encoding="utf-8"))) == readme, "run `make tables`"
-
-
 @pytest.mark.parametrize(
     ("given", "expected"), [("disentangled: yes", "Expected settings"), ("[1", "Expected the settings of an arm")]
 )

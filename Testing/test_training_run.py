@@ -437,7 +437,7 @@ def test_fit_from_a_yaml_file_ends_with_a_model_folder(tiny_set: Path, tmp_path:
         (["evaluate", "--data", "nowhere", "--out", "x"], "Expected a synthetic set in nowhere"),
         (["export", "--run", "nowhere", "--out", "x"], "Expected the folder of a training run"),
         (["synthesize", "--out", "x", "--split", "some"], "split"),
-        (["speed", "--examples", "0"], "at least 1 example"),
+        (["speed", "--out", "x", "--train", "[nowhere]", "--examples", "0"], "at least 1 example"),
         ([], "command"),
     ],
 )
