@@ -13,6 +13,8 @@ from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.torchvision_guard import sam_modeling
 
 _sam = sam_modeling()
+FEW_TOKENS = 256
+"""Up to so many, segment_anything's own attention is as fast as FoldedAttention or faster."""
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
@@ -140,7 +142,8 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
             side = block.window_size or config.pixels // config.patch
-            block.attn = FoldedAttention(config.embed_dim, config.heads, use_rel_pos=True, input_size=(side, side))
+            if side**2 > FEW_TOKENS:
+                block.attn = FoldedAttention(config.embed_dim, config.heads, use_rel_pos=True, input_size=(side, side))
         every = config.axial_every
         if config.detail_dim:
             self.detail = zeroed(nn.Conv2d(8 * config.detail_dim, config.embed_dim, 1))
