@@ -357,6 +357,19 @@ def test_the_card_of_a_model_on_picai_shapes_carries_their_licence_and_citations
         assert words in card
 
 
+@pytest.mark.parametrize(("reader", "licence"), [("picai", "CC BY-NC 4.0"), ("prostate158", "real examinations under")])
+def test_the_card_does_not_call_real_examinations_synthetic(model: Path, reader: str, licence: str) -> None:
+    from MedRationaleTraining.export import model_card
+
+    loaded = load_checkpoint(model)
+    training = json.loads(json.dumps(loaded.training))
+    training["sets"].append({**training["sets"][0], "name": "clinic", "examinations": 7, "reader": reader})
+    card = model_card(loaded.model, training, {}, None, None)
+    assert f"- `clinic`: 7 real examinations, read as {reader}.\n" in card
+    assert "trained on real and synthetic images" in card
+    assert licence in card.split("## Licence")[1].split("##")[0] and "Apache" not in card
+
+
 def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_the_card(
     run: FitConfig, model: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
