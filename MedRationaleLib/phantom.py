@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
@@ -35,6 +36,8 @@ TILT_DEG = (11.0, -2.0, 1.5)
 """Rotation about the right-left, front-back and foot-head axis: axial slices at right angles to the rectal wall."""
 CENTRE_MM = (4.2, -17.6, 23.9)
 """Centre of the T2W, LPS."""
+T2W_SPACING_MM = (0.5, 0.5, SLICE_MM)
+"""As scanners reconstruct it: finer than what was drawn, over the same field of view."""
 DIFFUSION_SPACING_MM = (2.0, 2.0, SLICE_MM)
 DIFFUSION_SIZE = (86, 80, 22)
 DIFFUSION_SHIFT_MM = (1.3, -2.2, 0.0)
@@ -77,14 +80,22 @@ def write_phantom(folder: str | Path, seed: int = 0) -> PhantomPaths:
     folder, name = Path(folder), f"phantom_{seed}"
     exam = draw_exam(seed)
     images = images_of(exam)
-    grid = images["t2w"]
-    masks = {"zones": exam.anatomy.zones, "lesions": exam.regions * exam.lesions, "regions": exam.regions}
+    masks = {
+        key: sitk.Resample(
+            like(drawn_grid(exam), mask.astype(np.uint8)), images["t2w"], interpolator=sitk.sitkLabelLinear
+        )
+        for key, mask in (
+            ("zones", exam.anatomy.zones),
+            ("lesions", exam.regions * exam.lesions),
+            ("regions", exam.regions),
+        )
+    }
     files = {f"{name}_{'hbv' if key == 'dwi' else key}.mha": image for key, image in images.items()}
-    files |= {f"truth/{key}.mha": like(grid, mask.astype(np.uint8)) for key, mask in masks.items()}
+    files |= {f"truth/{key}.mha": mask for key, mask in masks.items()}
     b_value = f"{exam.b_value:.0f}"
     texts = {
         "README.txt": README.format(version=__version__, seed=seed, name=name, b_value=b_value),
-        "truth/rationale.json": to_json({"synthetic": True, "seed": seed, **_truth(exam, grid)}),
+        "truth/rationale.json": to_json({"synthetic": True, "seed": seed, **_truth(exam, masks)}),
     }
     manifest = {"generator": GENERATOR, "version": __version__, "synthetic": True, "seed": seed}
     texts[MANIFEST] = to_json(manifest | {"files": [*files, *texts, MANIFEST]})
@@ -110,29 +121,39 @@ def draw_exam(seed: int) -> SyntheticExam:
     raise AssertionError("count() does not end")
 
 
+def drawn_grid(exam: SyntheticExam) -> sitk.Image:
+    """The lattice that the examination was drawn on, in space; its values are 0."""
+    return _grid(exam.regions.shape[::-1], (PIXEL_MM, PIXEL_MM, SLICE_MM), np.asarray(CENTRE_MM))
+
+
 def images_of(exam: SyntheticExam) -> dict[str, sitk.Image]:
-    """ "t2w", "adc", "dwi" -> uint16 images, tilted, ADC and DWI resampled to their own grid (LPS mm)."""
-    tilt = Rotation.from_euler("xyz", TILT_DEG, degrees=True)
-    spacing = (PIXEL_MM, PIXEL_MM, SLICE_MM)
-
-    def grid(size: tuple[int, ...], sides: tuple[float, ...], centre: np.ndarray) -> sitk.Image:
-        image = sitk.Image(size, sitk.sitkUInt16)
-        image.SetSpacing(sides)
-        image.SetDirection(tilt.as_matrix().ravel())
-        image.SetOrigin(centre - tilt.apply((np.asarray(size) - 1) * sides / 2))
-        return image
-
-    fine = grid(exam.regions.shape[::-1], spacing, np.asarray(CENTRE_MM))
-    coarse = grid(DIFFUSION_SIZE, DIFFUSION_SPACING_MM, CENTRE_MM + tilt.apply(DIFFUSION_SHIFT_MM))
+    """ "t2w", "adc", "dwi" -> uint16 images, tilted, T2W and diffusion each on a grid of its own (LPS mm)."""
+    drawn = drawn_grid(exam)
+    field = np.asarray(drawn.GetSize()) * drawn.GetSpacing()
+    fine = _grid(np.rint(field / T2W_SPACING_MM), T2W_SPACING_MM, np.asarray(CENTRE_MM))
+    coarse = _grid(DIFFUSION_SIZE, DIFFUSION_SPACING_MM, CENTRE_MM + _tilt().apply(DIFFUSION_SHIFT_MM))
     t2w, adc, dwi = exam.images
-    stored = {"t2w": t2w, "adc": adc, "dwi": dwi * (1000 / np.percentile(dwi, 99.9))}
     images = {}
-    for key, values in stored.items():
-        image = like(fine, np.clip(values, 0, 65535).astype(np.float32))
-        if key != "t2w":
-            image = sitk.Resample(image, coarse, sitk.Transform(), sitk.sitkLinear)
+    for key, values, grid in (("t2w", t2w, fine), ("adc", adc, coarse), ("dwi", dwi, coarse)):
+        scaled = values * (1000 / np.percentile(dwi, 99.9)) if key == "dwi" else values
+        image = like(drawn, np.clip(scaled, 0, 65535).astype(np.float32))
+        image = sitk.Resample(image, grid, interpolator=sitk.sitkLinear, useNearestNeighborExtrapolator=key == "t2w")
         images[key] = sitk.Cast(sitk.Round(image), sitk.sitkUInt16)
     return images
+
+
+def _tilt() -> Rotation:
+    return Rotation.from_euler("xyz", TILT_DEG, degrees=True)
+
+
+def _grid(size: npt.ArrayLike, spacing: tuple[float, float, float], centre: np.ndarray) -> sitk.Image:
+    """A tilted image of zeros, uint16; centre in mm LPS."""
+    size = np.asarray(size)
+    image = sitk.Image([int(n) for n in size], sitk.sitkUInt16)
+    image.SetSpacing(spacing)
+    image.SetDirection(_tilt().as_matrix().ravel())
+    image.SetOrigin(centre - _tilt().apply((size - 1) * spacing / 2))
+    return image
 
 
 def _is_clear(exam: SyntheticExam) -> bool:
@@ -154,27 +175,31 @@ def _volume_ml(mask: np.ndarray) -> float:
     return float(mask.sum() * PIXEL_MM**2 * SLICE_MM / 1000)
 
 
-def _truth(exam: SyntheticExam, grid: sitk.Image) -> dict[str, Any]:
-    """The rationales as they were drawn and rendered, lesions first."""
+def _truth(exam: SyntheticExam, masks: Mapping[str, sitk.Image]) -> dict[str, Any]:
+    """The rationales as they were drawn and rendered, lesions first; places and volumes as they are stored."""
+    stored, zones = (sitk.GetArrayViewFromImage(masks[key]) for key in ("regions", "zones"))
+    voxel_ml = float(np.prod(T2W_SPACING_MM)) / 1000
     bank = ConceptBank.load()
     regions = []
     for region in sorted(exam.rationales, key=lambda region: (-region.pirads, region.label)):
-        mask = exam.regions == region.label
+        mask = stored == region.label
         index = np.argwhere(mask)[:, ::-1].mean(axis=0)
         steps = [{"node": node, "concept": c, "text": bank[c].text} for node, c in region.answers.items()]
         regions.append(
             {
                 "label": region.label,
                 "is_lesion": region.is_lesion,
-                "volume_ml": round(_volume_ml(mask), 3),
-                "center_mm": [round(v, 2) for v in grid.TransformContinuousIndexToPhysicalPoint(index.tolist())],
+                "volume_ml": round(float(mask.sum() * voxel_ml), 3),
+                "center_mm": [
+                    round(v, 2) for v in masks["regions"].TransformContinuousIndexToPhysicalPoint(index.tolist())
+                ],
                 "t2w_score": region.t2w_score,
                 "dwi_score": region.dwi_score,
                 "pirads": region.pirads,
                 "rationale": steps,
             }
         )
-    volumes = {name: round(_volume_ml(exam.anatomy.zones == value), 3) for name, value in (("pz", 1), ("tz", 2))}
+    volumes = {name: round(float((zones == value).sum() * voxel_ml), 3) for name, value in (("pz", 1), ("tz", 2))}
     return {"b_value": exam.b_value, "decision_tree": "pirads_v2_1", "volumes_ml": volumes, "regions": regions}
 
 
