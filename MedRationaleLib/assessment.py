@@ -66,7 +66,7 @@ class Finding:
     center_mm: tuple[float, float, float]
     """Centroid, LPS."""
     likelihood: float
-    """Model probability in [0, 1] that this is a lesion; not calibrated."""
+    """In [0, 1], that a candidate like this is a lesion, as fitted on synthetic examinations (Candidate.likelihood)."""
     t2w_score: int | None
     dwi_score: int | None
     dce: Literal["positive", "negative", "not available"]

@@ -55,7 +55,7 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
         table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0))
         for name in ("Lesion", "Zone", "Sector"):
             table.add_column(name)
-        for name in ("Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Mask prob.*"):
+        for name in ("Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood*"):
             table.add_column(name, justify="right")
         for finding in assessment.findings:
             scores = ("-" if s is None else str(s) for s in (finding.t2w_score, finding.dwi_score))
@@ -68,7 +68,10 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
     else:
         say("No suspicious lesion was found.", "bold")
     if assessment.findings:
-        say("* the model's probability of the mask, not that of cancer; not calibrated", "dim")
+        say(
+            "* that such a candidate is a lesion, as fitted on synthetic examinations; not the probability of cancer",
+            "dim",
+        )
     volumes = assessment.volumes_ml
     zones = ", ".join(f"{name.upper()} {volumes[name]:.1f}" for name in ("pz", "tz") if name in volumes)
     ellipsoid = f"; ellipsoid formula {volumes['ellipsoid']:.1f} ml" if "ellipsoid" in volumes else ""

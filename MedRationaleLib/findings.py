@@ -7,8 +7,8 @@ changes nothing. Lengths in mm, volumes in ml, points in LPS; arrays are (z, y, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,12 @@ ELLIPSOID = 0.52
 """PI-RADS v2.1: volume = 0.52 L W H."""
 MIDSAGITTAL_MM = 2.5
 """Half the thickness of the slab in which length and height are measured."""
+DIFFUSION = ("adc", "dwi")
+"""Sequences that a candidate's likelihood looks at beside its mask, where they were imaged."""
+MASK_ALONE = {"intercept": 0.0, "mask": 1.0}
+"""Weights of the likelihood where none were fitted: it is then the mean mask probability."""
+Sequences = Mapping[str, tuple[Array, Mask]]
+"""Sequence -> its (z, y, x) values, and where they are data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,10 @@ class PostprocessingConfig:
     """Erosion, then dilation of the gland by this (paper, Appendix D); severs bridges to its neighbours. 0: none."""
     zone_island_ml: float = 0.1
     """Pieces of a zone smaller than this become the other zone."""
-    lesion_peak: float = 0.5
-    """A candidate's highest probability is at least this."""
+    lesion_likelihood: float = 0.5
+    """A candidate is shown from this likelihood up; see Candidate.likelihood."""
+    likelihood: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the candidate was seen on, "mask+adc+dwi" where on all, -> weights of Candidate.likelihood."""
     lesion_floor: float = 0.25
     """No voxel of a candidate is below this."""
     lesion_fraction_of_peak: float = 0.5
@@ -76,11 +84,14 @@ class Masks:
     """{0, 1}."""
     lesions: sitk.Image
     """0 or the candidate's label, 1 the likeliest."""
+    likelihood: tuple[float, ...]
+    """Of the candidates with the labels 1, 2, ..."""
 
     def on(self, reference: sitk.Image) -> Masks:
         """The same masks on the grid of `reference`, by nearest neighbour; 0 beyond their own grid."""
-        nearest = sitk.sitkNearestNeighbor
-        return Masks(**{n: sitk.Resample(i, reference, sitk.Transform(), nearest) for n, i in vars(self).items()})
+        images = {n: i for n, i in vars(self).items() if n != "likelihood"}
+        moved = {n: sitk.Resample(i, reference, interpolator=sitk.sitkNearestNeighbor) for n, i in images.items()}
+        return Masks(likelihood=self.likelihood, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,27 +159,30 @@ class LesionMeasurement:
     extension: Extension
 
 
-def clean_masks(probabilities: Mapping[str, sitk.Image], config: PostprocessingConfig | None = None) -> Masks:
-    """Probability images "gland", "pz", "tz", "lesion" in [0, 1] on one grid -> masks (paper, Appendix D)."""
+def clean_masks(
+    probabilities: Mapping[str, sitk.Image],
+    config: PostprocessingConfig | None = None,
+    sequences: Mapping[str, tuple[sitk.Image, sitk.Image]] | None = None,
+) -> Masks:
+    """Probabilities -> masks (paper, Appendix D), all on one grid.
+
+    Args:
+        probabilities: "gland", "pz", "tz", "lesion" in [0, 1].
+        config: thresholds and weights of the model.
+        sequences: "adc" and "dwi" -> image, and where it has data; candidates are judged without what is not there.
+    """
     config = config or PostprocessingConfig()
     reference = probabilities["gland"]
     grid = Grid.of(reference)
     arrays = {name: _array(image) for name, image in probabilities.items()}
+    seen = {name: (_array(image), _array(valid) > 0) for name, (image, valid) in (sequences or {}).items()}
     spacing = grid.spacing[::-1]
     gland = clean_gland(arrays["gland"], spacing, config)
     pz, tz = split_zones(arrays["pz"], arrays["tz"], gland, spacing, config)
-    lesions = label_lesions(arrays["lesion"], gland, spacing, config)
+    candidates = lesion_candidates(arrays["lesion"], pz, tz, seen, spacing, config)
+    lesions, likelihood = label_lesions(candidates, gland.shape, config)
     images = (grid.to_reference(a, reference, nearest=True) for a in (gland, pz, tz, lesions))
-    return Masks(**dict(zip(("gland", "pz", "tz", "lesions"), images, strict=True)))
-
-
-def lesion_candidates(
-    probability: sitk.Image, gland: sitk.Image, config: PostprocessingConfig | None = None
-) -> sitk.Image:
-    """Lesion probability and gland mask on one grid -> uint8 labels, 1 the likeliest, on that grid."""
-    grid = Grid.of(probability)
-    labels = label_lesions(_array(probability), _array(gland) > 0, grid.spacing[::-1], config or PostprocessingConfig())
-    return grid.to_reference(labels, probability, nearest=True)
+    return Masks(likelihood=likelihood, **dict(zip(("gland", "pz", "tz", "lesions"), images, strict=True)))
 
 
 def clean_gland(probability: Array, spacing: tuple[float, ...], config: PostprocessingConfig) -> Mask:
@@ -194,32 +208,97 @@ def split_zones(
     return gland & ~is_tz, is_tz
 
 
-def label_lesions(
-    probability: Array, gland: Mask, spacing: tuple[float, ...], config: PostprocessingConfig
-) -> npt.NDArray[np.uint8]:
-    """(z, y, x) probability -> uint8 labels of the candidates, 1 the likeliest (then the largest)."""
-    result = np.zeros(probability.shape, np.uint8)
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A piece of the lesion probability that may be a lesion."""
+
+    mask: Mask
+    """(z, y, x)."""
+    features: Mapping[str, float]
+    """"mask": logit of its mean probability. "adc", "dwi", where imaged: log of its mean over its zone's median."""
+
+    @property
+    def seen_on(self) -> str:
+        """ "mask+adc+dwi", or less where a sequence has no data there."""
+        return "+".join(("mask", *(name for name in DIFFUSION if name in self.features)))
+
+    def likelihood(self, config: PostprocessingConfig) -> float:
+        """1 / (1 + exp(-(intercept + sum of weight x feature))), by the config's weights for what it was seen on.
+
+        A logistic regression fitted on candidates of synthetic examinations: what a true lesion is there.
+        """
+        weights = config.likelihood.get(self.seen_on, MASK_ALONE)
+        return float(
+            1
+            / (
+                1
+                + np.exp(-weights["intercept"] - sum(weights[n] * v for n, v in self.features.items() if n in weights))
+            )
+        )
+
+
+def lesion_candidates(
+    probability: Array,
+    pz: Mask,
+    tz: Mask,
+    sequences: Sequences,
+    spacing: tuple[float, ...],
+    config: PostprocessingConfig,
+) -> list[Candidate]:
+    """Every candidate that is large enough and lies in the gland, however unlikely; all arrays (z, y, x)."""
+    gland, shape = pz | tz, probability.shape
     if not gland.any():
-        return result
+        return []
     box = _box(gland, spacing, config.lesion_reach_mm)
-    probability, gland = probability[box], gland[box]
+    probability, gland, pz, tz = probability[box], gland[box], pz[box], tz[box]
+    sequences = {name: (values[box], valid[box]) for name, (values, valid) in sequences.items()}
     near = ndimage.distance_transform_edt(~gland, sampling=spacing) <= config.lesion_reach_mm
     voxel_ml = float(np.prod(spacing)) / 1000
-    kept: list[tuple[float, int, Mask]] = []
+    kept = []
     for piece in _pieces(near & (probability >= config.lesion_floor)):
         floor = config.lesion_fraction_of_peak * probability[piece].max()
         for lesion in _pieces(opening(piece & (probability >= floor), spacing, config.lesion_opening_mm)):
-            peak, voxels = float(probability[lesion].max()), int(lesion.sum())
-            inside = (lesion & gland).sum() / voxels
-            large_enough = voxels * voxel_ml >= config.lesion_minimum_ml
-            if peak >= config.lesion_peak and large_enough and inside >= config.lesion_in_gland:
-                kept.append((peak, voxels, lesion))
-    kept.sort(key=lambda k: k[:2], reverse=True)
-    if len(kept) > config.lesion_maximum:
-        logger.info("%d lesion candidates; the %d likeliest are kept", len(kept), config.lesion_maximum)
-    for label, (_, _, lesion) in enumerate(kept[: config.lesion_maximum], start=1):
-        result[box][lesion] = label
-    return result
+            inside = (lesion & gland).sum() / lesion.sum()
+            if lesion.sum() * voxel_ml >= config.lesion_minimum_ml and inside >= config.lesion_in_gland:
+                kept.append(lesion)
+    beside = ~np.logical_or.reduce(kept) if kept else gland
+    candidates = []
+    for lesion in kept:
+        chance = np.clip(probability[lesion].mean(dtype=float), 1e-4, 1 - 1e-4)
+        features = {"mask": float(np.log(chance / (1 - chance)))}
+        zone = pz if _zone(lesion, pz, tz, spacing)[0] == "PZ" else tz
+        for name, (inside, rest) in zone_signal(lesion, zone & beside, sequences).items():
+            if rest > 0:
+                features[name] = float(np.log(np.clip(inside / rest, 0.05, 20)))
+        mask = np.zeros(shape, bool)
+        mask[box] = lesion
+        candidates.append(Candidate(mask=mask, features=features))
+    return candidates
+
+
+def zone_signal(lesion: Mask, rest: Mask, sequences: Sequences) -> dict[str, tuple[float, float]]:
+    """Sequence -> its mean over a lesion, its median over the rest of the lesion's zone; where it has data in both."""
+    found = {}
+    for name, (values, valid) in sequences.items():
+        inside, beside = values[lesion & valid], values[rest & valid]
+        if inside.size and beside.size:
+            found[name] = float(inside.mean()), float(np.median(beside))
+    return found
+
+
+def label_lesions(
+    candidates: Sequence[Candidate], shape: tuple[int, ...], config: PostprocessingConfig
+) -> tuple[npt.NDArray[np.uint8], tuple[float, ...]]:
+    """Labels of those that are shown, uint8 of `shape`, 1 the likeliest (then the largest), and their likelihoods."""
+    shown = [(c.likelihood(config), int(c.mask.sum()), c.mask) for c in candidates]
+    shown = sorted((s for s in shown if s[0] >= config.lesion_likelihood), key=lambda s: s[:2], reverse=True)
+    if len(shown) > config.lesion_maximum:
+        logger.info("%d lesion candidates; the %d likeliest are kept", len(shown), config.lesion_maximum)
+    shown = shown[: config.lesion_maximum]
+    result = np.zeros(shape, np.uint8)
+    for label, (_, _, mask) in enumerate(shown, start=1):
+        result[mask] = label
+    return result, tuple(likelihood for likelihood, _, _ in shown)
 
 
 def opening(mask: Mask, spacing: tuple[float, ...], radius_mm: float) -> Mask:
@@ -260,7 +339,7 @@ def measure_gland(gland: sitk.Image) -> GlandMeasurement | None:
 
 def measure_lesions(
     lesions: sitk.Image,
-    probability: sitk.Image,
+    likelihood: Sequence[float],
     gland: sitk.Image,
     pz: sitk.Image,
     tz: sitk.Image,
@@ -268,7 +347,7 @@ def measure_lesions(
 ) -> tuple[LesionMeasurement, ...]:
     """Each label of `lesions`, measured; all images on one grid, the gland not empty.
 
-    For masks without a model (a reader's) pass the mask itself as the probability.
+    `likelihood` is that of the labels 1, 2, ...; a reader's masks have 1.
     """
     config = config or PostprocessingConfig()
     grid = Grid.of(lesions)
@@ -276,10 +355,10 @@ def measure_lesions(
     if not labels.any():
         return ()
     frame = GlandFrame.of(gland, tz)
-    chance, inside, in_pz, in_tz = (_array(i) for i in (probability, gland, pz, tz))
+    inside, in_pz, in_tz = (_array(i) for i in (gland, pz, tz))
     box = _box((labels > 0) | (inside > 0), grid.spacing[::-1], 2 * max(grid.spacing))
     corner = np.array([s.start for s in box])
-    labels, chance = labels[box], chance[box]
+    labels = labels[box]
     inside, in_pz, in_tz = inside[box] > 0, in_pz[box] > 0, in_tz[box] > 0
     beyond = ndimage.distance_transform_edt(~inside, sampling=grid.spacing[::-1])
     voxel_ml = float(np.prod(grid.spacing)) / 1000
@@ -307,7 +386,7 @@ def measure_lesions(
             size_plane="other" if through_plane else "axial",
             volume_ml=len(points) * voxel_ml,
             center_mm=_point(centroid if nearest_is_self else center),
-            likelihood=float(chance[mask].max()),
+            likelihood=likelihood[label - 1],
             sector=shares[0][0],
             sectors=shares,
             extension=Extension(

@@ -23,12 +23,14 @@ from MedRationaleLib.decision_tree import DecisionTree, Node
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
 from MedRationaleLib.findings import (
+    DIFFUSION,
     LesionMeasurement,
     Masks,
     PostprocessingConfig,
     clean_masks,
     measure_gland,
     measure_lesions,
+    zone_signal,
 )
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
@@ -61,15 +63,23 @@ class Prediction:
     slice_similarity: np.ndarray
     """(S, K) the same for every slice's mean embedding."""
 
-    def masks(self, config: PostprocessingConfig, t2w: sitk.Image) -> Masks:
-        """Clean masks on the grid of `t2w`, as that is stored.
+    def masks(self, config: PostprocessingConfig, study: Study) -> Masks:
+        """Clean masks on the grid of the study's T2W, as that is stored.
 
         They are decided on the coarser of its lattice and the crop's: on the crop's for every T2W that is stored at
         least as finely, and then copied by nearest neighbour, so that finer storage changes no outline.
         """
-        grid = self.grid.coarsened(Grid.of(t2w))
+        grid = self.grid.coarsened(Grid.of(study.t2w))
         images = (grid.image(grid.from_reference(self.grid.image(p))) for p in self.probabilities)
-        return clean_masks(dict(zip(CLASSES, images, strict=True)), config).on(t2w)
+        sequences = {
+            name: (
+                grid.image(grid.from_reference(getattr(study, name))),
+                grid.image(grid.from_reference(study.valid[name], nearest=True)),
+            )
+            for name in DIFFUSION
+            if name not in study.missing
+        }
+        return clean_masks(dict(zip(CLASSES, images, strict=True)), config, sequences).on(study.t2w)
 
     def gland_centre(self) -> tuple[np.ndarray | None, float]:
         """Centroid (LPS mm) and volume (ml) of the raw gland mask; None where there is none."""
@@ -164,13 +174,12 @@ class Predictor:
         prediction = self._predict(study, clock, report)
         report("masks", 0.0)
         with clock.time("masks"):
-            masks = prediction.masks(self.postprocessing, study.t2w)
-            lesion_probability = prediction.grid.to_reference(prediction.probabilities[3], study.t2w)
+            masks = prediction.masks(self.postprocessing, study)
         report("findings", 0.0)
         with clock.time("findings"):
             gland = measure_gland(masks.gland)
             measured = (
-                measure_lesions(masks.lesions, lesion_probability, masks.gland, masks.pz, masks.tz, self.postprocessing)
+                measure_lesions(masks.lesions, masks.likelihood, masks.gland, masks.pz, masks.tz, self.postprocessing)
                 if gland
                 else ()
             )
@@ -378,19 +387,14 @@ def _rounded(point: tuple[float, float, float]) -> tuple[float, float, float]:
 
 def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, tuple[float, float]]:
     """Sequence -> its mean over a lesion, its median over the rest of the lesion's zone; where it has data."""
-    lesions = sitk.GetArrayViewFromImage(masks.lesions)
-    zone = sitk.GetArrayViewFromImage(masks.pz if lesion.zone == "PZ" else masks.tz) > 0
-    found = {}
-    for name in ("t2w", "adc", "dwi"):
-        image = getattr(study, name)
-        if image is None:
-            continue
-        values = sitk.GetArrayViewFromImage(image)
-        there = sitk.GetArrayViewFromImage(study.valid[name]) > 0 if name in study.valid else np.ones_like(zone)
-        inside, rest = values[(lesions == lesion.label) & there], values[zone & (lesions == 0) & there]
-        if inside.size and rest.size:
-            found[name] = float(inside.mean()), float(np.median(rest))
-    return found
+    array = sitk.GetArrayViewFromImage
+    lesions, zone = array(masks.lesions), array(masks.pz if lesion.zone == "PZ" else masks.tz) > 0
+    sequences = {
+        name: (array(image), array(study.valid[name]) > 0 if name in study.valid else np.ones_like(zone))
+        for name in ("t2w", *DIFFUSION)
+        if (image := getattr(study, name)) is not None
+    }
+    return zone_signal(lesions == lesion.label, zone & (lesions == 0), sequences)
 
 
 def index_first(finding: Finding) -> tuple[int, bool, float]:

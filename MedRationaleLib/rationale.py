@@ -53,7 +53,7 @@ class LesionAnswers:
         elif node.id == "lesion_presence" and ranked[0] == self._tree.absent:
             # The mask found it; that the embedding does not see it is a contradiction to be shown, not hidden.
             concept = next(c for c in candidates if c != self._tree.absent)
-            source, measurement = "measured", f"mask probability {lesion.likelihood:.2f}"
+            source, measurement = "measured", f"likelihood {lesion.likelihood:.2f}"
         else:
             concept = ranked[0]
         if retrieved is not None and retrieved != concept:

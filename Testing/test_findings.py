@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from MedRationaleLib.findings import (
     PostprocessingConfig,
     clean_masks,
+    label_lesions,
     lesion_candidates,
     measure_gland,
     measure_lesions,
@@ -58,8 +59,19 @@ class Phantom:
         return self.ellipsoid(TZ_SHIFT, TZ_AXES) & self.gland
 
     def measure(self, lesion: np.ndarray, config: PostprocessingConfig | None = None):
-        images = (lesion.astype(np.uint8), lesion.astype(np.float32), self.gland, self.gland & ~self.tz, self.tz)
-        return measure_lesions(*(self.store(i) for i in images), config)[0]
+        lesions, *anatomy = (
+            self.store(i) for i in (lesion.astype(np.uint8), self.gland, self.gland & ~self.tz, self.tz)
+        )
+        return measure_lesions(lesions, [1.0], *anatomy, config)[0]
+
+    def candidates(self, probability: np.ndarray, config: PostprocessingConfig, **sequences: np.ndarray):
+        seen = {name: (values, np.ones(values.shape, bool)) for name, values in sequences.items()}
+        spacing = self.grid.spacing[::-1]
+        return lesion_candidates(probability, self.gland & ~self.tz, self.tz, seen, spacing, config)
+
+    def labels(self, probability: np.ndarray, config: PostprocessingConfig | None = None, **sequences: np.ndarray):
+        config = config or PostprocessingConfig()
+        return label_lesions(self.candidates(probability, config, **sequences), self.gland.shape, config)
 
 
 def soft(phantom: Phantom, mask: np.ndarray, peak: float = 1.0) -> np.ndarray:
@@ -254,12 +266,11 @@ def test_nothing_above_the_threshold_gives_empty_masks():
     low = phantom.store(np.full((24, 140, 160), 0.2, np.float32))
     masks = clean_masks(dict.fromkeys(("gland", "pz", "tz", "lesion"), low))
     assert not any(sitk.GetArrayFromImage(i).any() for i in (masks.gland, masks.pz, masks.tz, masks.lesions))
-    assert measure_lesions(masks.lesions, low, masks.gland, masks.pz, masks.tz) == ()
+    assert measure_lesions(masks.lesions, masks.likelihood, masks.gland, masks.pz, masks.tz) == ()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_candidates_are_ordered_by_likelihood_and_kept_only_where_they_lie_in_the_gland(storage):
-    phantom = Phantom(TILT, storage)
+def test_candidates_are_ordered_by_likelihood_and_kept_only_where_they_lie_in_the_gland():
+    phantom = Phantom(TILT)
     strong, weak = phantom.ellipsoid((-8, 13, 0), (4, 3, 6)), phantom.ellipsoid((9, -5, 3), (5, 5, 6))
     outside, faint = phantom.ellipsoid((0, 23, 0), (5, 4, 6)), phantom.ellipsoid((0, 0, -10), (4, 4, 6))
     speck = phantom.ellipsoid((0, 8, 9), (1, 1, 1))
@@ -267,9 +278,9 @@ def test_candidates_are_ordered_by_likelihood_and_kept_only_where_they_lie_in_th
         soft(phantom, strong, 0.95), soft(phantom, weak, 0.7), soft(phantom, outside, 0.99), soft(phantom, faint, 0.4),
         0.9 * speck,
     ])  # fmt: skip
-    labels = lesion_candidates(phantom.store(probability), phantom.store(phantom.gland))
-    found = sitk.GetArrayFromImage(sitk.DICOMOrient(labels, "LPS"))
-    assert labels.GetPixelID() == sitk.sitkUInt8 and found.max() == 2
+    found, likelihood = phantom.labels(probability)
+    assert found.dtype == np.uint8 and found.max() == 2
+    assert likelihood == pytest.approx([probability[found == label].mean() for label in (1, 2)])
     for label, truth in ((1, strong), (2, weak)):
         assert 2 * (truth & (found == label)).sum() / (truth.sum() + (found == label).sum()) > 0.9
 
@@ -277,24 +288,51 @@ def test_candidates_are_ordered_by_likelihood_and_kept_only_where_they_lie_in_th
 def test_a_candidate_ends_where_probability_falls_under_half_its_peak():
     phantom = Phantom()
     core, halo = phantom.ellipsoid((0, 8, 0), (4, 4, 5)), phantom.ellipsoid((0, 6, 0), (12, 8, 12))
-    probability = phantom.store(np.where(core, 0.9, np.where(halo, 0.35, 0)).astype(np.float32))
-    gland = phantom.store(phantom.gland)
-    assert sitk.GetArrayFromImage(lesion_candidates(probability, gland)).sum() == core.sum()
-    wide = lesion_candidates(probability, gland, PostprocessingConfig(lesion_fraction_of_peak=0.3))
-    assert sitk.GetArrayFromImage(wide).sum() == (core | halo).sum()
+    probability = np.where(core, 0.9, np.where(halo, 0.35, 0)).astype(np.float32)
+    for fraction, extent in ((0.5, core), (0.3, core | halo)):
+        (candidate,) = phantom.candidates(probability, PostprocessingConfig(lesion_fraction_of_peak=fraction))
+        assert (candidate.mask == extent).all()
 
 
 def test_no_more_candidates_than_configured_are_kept():
     phantom = Phantom()
     spots = [phantom.ellipsoid((x, 0, z), (3, 3, 4)) for x in (-12, 0, 12) for z in (-9, 9)]
-    probability = phantom.store(
-        np.maximum.reduce([(0.6 + 0.05 * i) * s for i, s in enumerate(spots)]).astype(np.float32)
-    )
+    probability = np.maximum.reduce([(0.6 + 0.05 * i) * s for i, s in enumerate(spots)]).astype(np.float32)
     config = PostprocessingConfig()
     for maximum in (config.lesion_maximum, 2):
-        labels = lesion_candidates(probability, phantom.store(phantom.gland), replace(config, lesion_maximum=maximum))
-        found = sitk.GetArrayFromImage(labels)
-        assert found.max() == maximum and (found[spots[-1]] == 1).all()
+        found, likelihood = phantom.labels(probability, replace(config, lesion_maximum=maximum))
+        assert found.max() == len(likelihood) == maximum and (found[spots[-1]] == 1).all()
+
+
+def test_a_candidates_diffusion_is_measured_against_the_rest_of_its_zone():
+    phantom = Phantom()
+    spot, other = phantom.ellipsoid((-8, 14, 0), (4, 3, 6)), phantom.ellipsoid((8, 14, 0), (4, 3, 6))
+    probability = np.where(spot | other, 0.8, 0).astype(np.float32)
+    dwi = np.where(spot, 30.0, np.where(other, 90.0, np.where(phantom.tz, 50.0, 10.0)))
+    unseen = np.full_like(dwi, np.nan)
+    config = PostprocessingConfig()
+    spacing = phantom.grid.spacing[::-1]
+    seen = {"dwi": (dwi, np.ones(dwi.shape, bool)), "adc": (unseen, np.zeros(dwi.shape, bool))}
+    found = lesion_candidates(probability, phantom.gland & ~phantom.tz, phantom.tz, seen, spacing, config)
+    by_place = {bool(c.mask[spot].any()): c for c in found}
+    assert {c.seen_on for c in found} == {"mask+dwi"} and len(found) == 2
+    assert np.exp(by_place[True].features["dwi"]) == pytest.approx(3)
+    assert np.exp(by_place[False].features["dwi"]) == pytest.approx(9)
+    assert by_place[True].features["mask"] == pytest.approx(np.log(4))
+
+
+def test_likelihood_is_the_logistic_regression_for_what_was_seen_and_decides_what_is_shown():
+    phantom = Phantom()
+    dark, bright = phantom.ellipsoid((-8, 14, 0), (4, 3, 6)), phantom.ellipsoid((8, 14, 0), (4, 3, 6))
+    probability = np.where(dark, 0.9, np.where(bright, 0.6, 0)).astype(np.float32)
+    dwi = np.where(dark, 5.0, np.where(bright, 20.0, 10.0))
+    weights = {"intercept": -1.0, "mask": 0.5, "dwi": 2.0}
+    config = PostprocessingConfig(lesion_likelihood=0.3, likelihood={"mask+dwi": weights})
+    labels, likelihood = phantom.labels(probability, config, dwi=dwi)
+    expected = 1 / (1 + np.exp(1 - 0.5 * np.log(0.6 / 0.4) - 2 * np.log(2)))
+    assert likelihood == pytest.approx([expected], rel=1e-4) and (labels[bright] == 1).all() and not labels[dark].any()
+    labels, likelihood = phantom.labels(probability, config)
+    assert likelihood == pytest.approx([0.9, 0.6]) and (labels[dark] == 1).all()
 
 
 def test_the_expert_masks_of_a_real_case_measure_as_described(shared_data):
@@ -304,7 +342,7 @@ def test_the_expert_masks_of_a_real_case_measure_as_described(shared_data):
     result = measure_gland(gland)
     assert result.volume_ml == pytest.approx(44.3, abs=0.1)
     assert result.ellipsoid_ml == pytest.approx(result.volume_ml, rel=0.1)
-    (found,) = measure_lesions(lesion > 0, sitk.Cast(lesion > 0, sitk.sitkFloat32), gland, zones == 1, zones == 2)
+    (found,) = measure_lesions(lesion > 0, [1.0], gland, zones == 1, zones == 2)
     assert found.volume_ml == pytest.approx(0.31, abs=0.005)
     assert found.zone == "PZ" and found.in_gland_fraction == 1 and not found.extension.present
     assert found.sector.text == "right peripheral zone posteromedial mid gland"

@@ -48,7 +48,9 @@ def tiny_model(seed: int = 0) -> RationaleModel:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_checkpoint(tiny_model(), tmp_path / "tiny", card="# tiny", vocabulary=[], postprocessing={"lesion_peak": 0.4})
+    save_checkpoint(
+        tiny_model(), tmp_path / "tiny", card="# tiny", vocabulary=[], postprocessing={"lesion_likelihood": 0.4}
+    )
     return tmp_path / "tiny"
 
 
@@ -239,7 +241,7 @@ def test_a_model_comes_back_from_its_folder_as_it_was_up_to_float16(folder: Path
     checkpoint = load_checkpoint(folder)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, CARD}
     assert checkpoint.model.config == TINY
-    assert checkpoint.postprocessing == {"lesion_peak": 0.4}
+    assert checkpoint.postprocessing == {"lesion_likelihood": 0.4}
     images = torch.randn(1, 2, 3, 64, 64)
     with torch.inference_mode():
         ours, theirs = tiny_model()(images), checkpoint.model(images)

@@ -58,11 +58,10 @@ def test_a_candidate_on_a_lesion_is_a_hit_and_one_beside_it_is_not() -> None:
     labels = np.zeros(truth.shape, np.uint8)
     labels[2:4, 2:8, 3:8] = 1
     labels[2:4, 14:18, 14:18] = 2
-    likelihood = np.where(labels == 1, 0.9, np.where(labels == 2, 0.3, 0.0)).astype(np.float32)
-    found = sorted(match_lesions(labels, likelihood, truth), reverse=True)
+    found = sorted(match_lesions(labels, (0.9, 0.3), truth), reverse=True)
     assert [(hit, round(confidence, 2)) for hit, confidence, _ in found] == [(1, 0.9), (0, 0.3)]
     assert found[0][2] == pytest.approx(5 / 6, rel=1e-3)
-    missed = match_lesions(np.zeros_like(labels), likelihood, truth)
+    missed = match_lesions(np.zeros_like(labels), (), truth)
     assert missed == [(1, 0.0, 0.0)]
 
 

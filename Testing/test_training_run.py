@@ -344,7 +344,7 @@ def test_the_card_of_a_model_on_picai_shapes_carries_their_licence_and_citations
     loaded = load_checkpoint(model, with_text=True)
     training = json.loads(json.dumps(loaded.training))
     training["sets"][0] |= {"picai_labels": True, "real_backgrounds": True}
-    card = model_card(loaded.model, training, {"lesion_peak": 0.4}, None, "val")
+    card = model_card(loaded.model, training, {"lesion_likelihood": 0.4}, None, "val")
     for words in (
         "CC BY-NC 4.0",
         "Saha",
@@ -352,7 +352,7 @@ def test_the_card_of_a_model_on_picai_shapes_carries_their_licence_and_citations
         "Pooch et al. 2025",
         "PROSTATEx (CC BY 3.0)",
         "Prostate-3T",
-        "peak 0.4",
+        "likelihood 0.4",
     ):
         assert words in card
 
@@ -412,8 +412,8 @@ def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.25, 0.4))
     folder = export_run(Path(run.out), tmp_path / "model", calibrate_on=tiny_set)
     stored = load_checkpoint(folder).postprocessing
-    assert set(stored) == {"gland_threshold", "lesion_peak", "lesion_floor"}
-    assert PostprocessingConfig(**stored).lesion_peak >= stored["lesion_floor"]
+    assert set(stored) == {"gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood"}
+    assert 0 < PostprocessingConfig(**stored).lesion_likelihood < 1
 
 
 def test_a_run_without_a_description_is_exported_with_its_settings(

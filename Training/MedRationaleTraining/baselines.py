@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import atomic_path, check_writable, write_text
-from MedRationaleLib.findings import PostprocessingConfig
+from MedRationaleLib.findings import PostprocessingConfig, Sequences
 from MedRationaleLib.model.checkpoint import CONFIG, WEIGHTS
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.precision import autocast
@@ -27,6 +27,7 @@ from MedRationaleTraining.data.stacks import MASK_PIXELS, make_stack, whole_exam
 from MedRationaleTraining.data.synthetic import StoredExam, stored_exams
 from MedRationaleTraining.evaluation import (
     assess_masks,
+    diffusion,
     header,
     mean_of_mirrored,
     raw_dice,
@@ -127,7 +128,7 @@ def evaluate_baseline(
         raise InputError(f"Expected the weights of a {about[KIND]} in {folder}, got others; train it anew.") from error
     model = model.float().to(device).eval()
     config = PostprocessingConfig(**about["postprocessing"])
-    results = [assess_masks(p, truth, config)[0] for p, truth in _masks(model, data, cases, device)]
+    results = [assess_masks(*found, config)[0] for found in _masks(model, data, cases, device)]
     report = header(about[KIND], about["weights_sha256"], Path(data), len(results), config)
     report["metrics"] = summarise_masks(results, config)
     report = json.loads(json.dumps(report, allow_nan=False))
@@ -140,8 +141,8 @@ def evaluate_baseline(
 @torch.no_grad()
 def _masks(
     model: SegmentationBaseline, data: str | Path, cases: int | None, device: str
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(4, S, 256, 256) probabilities, averaged with those of the mirror image, and truth."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, Sequences]]:
+    """(4, S, 256, 256) probabilities, averaged with those of the mirror image, truth, and ADC and DWI."""
     for path in track(stored_exams(data)[:cases], "Assessing"):
         exam = StoredExam.open(path)
         images = whole_exam(exam).images
@@ -149,5 +150,6 @@ def _masks(
             logits = model(torch.stack([images, images.flip(-1)]).to(device)).float()
         probabilities = mean_of_mirrored(logits.sigmoid())
         full = nn.functional.interpolate(probabilities, images.shape[-2:], mode="bilinear", align_corners=False)
-        _, valid, labels, _ = make_stack(exam, 0, len(exam.labels))
-        yield full.permute(1, 0, 2, 3).cpu().numpy() * valid[0], true_masks(labels, valid[0])
+        stored, valid, labels, _ = make_stack(exam, 0, len(exam.labels))
+        masks = full.permute(1, 0, 2, 3).cpu().numpy() * valid[0]
+        yield masks, true_masks(labels, valid[0]), diffusion(stored, valid)

@@ -1,19 +1,29 @@
-"""Thresholds chosen on the synthetic validation split; they are stored with the model and used by inference."""
+"""Thresholds and the candidates' likelihood, chosen on the synthetic validation split, stored with the model."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.findings import PostprocessingConfig, clean_gland, label_lesions
+from MedRationaleLib.findings import (
+    Candidate,
+    PostprocessingConfig,
+    Sequences,
+    clean_gland,
+    lesion_candidates,
+    split_zones,
+)
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleTraining.evaluation import SPACING, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
@@ -22,7 +32,10 @@ from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_l
 _logger = logging.getLogger(__name__)
 GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(12))
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
-PEAKS = tuple(round(0.10 + 0.05 * i, 2) for i in range(17))
+LIKELIHOODS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+SEEN_ON = ("mask", "mask+adc", "mask+dwi", "mask+adc+dwi")
+FOLDS = 5
+"""Of the cross-validation, by examination, in which every candidate is judged by weights that it had no part in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,31 +44,33 @@ class Calibration:
 
     gland_threshold: float
     lesion_floor: float
-    lesion_peak: float
+    lesion_likelihood: float
+    likelihood: dict[str, dict[str, float]]
+    """As PostprocessingConfig has it; empty where there were too few candidates to fit it."""
     gland_dice: dict[float, float]
     """Threshold -> mean volume Dice."""
     lesion_score: dict[float, float]
-    """Floor -> picai_eval's (AP + AUROC) / 2."""
+    """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
     lesion_f2: dict[float, float]
-    """Peak, at the chosen floor -> F2 over lesions."""
+    """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
     heat_thresholds: dict[str, float] = field(default_factory=dict)
     """Concept -> the heat from which its heatmap overlaps best with where the concept is; of those that occurred."""
 
     @property
-    def postprocessing(self) -> dict[str, float]:
+    def postprocessing(self) -> dict[str, Any]:
         """Fields of PostprocessingConfig."""
-        return {n: getattr(self, n) for n in ("gland_threshold", "lesion_peak", "lesion_floor")}
+        return {n: getattr(self, n) for n in ("gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood")}
 
 
 def calibrate(
     model: RationaleModel, folder: str | Path, *, cases: int | None = None, device: str = "cpu"
 ) -> Calibration:
-    """Search the three thresholds of the masks, and of each concept's heatmap the one of the best overlap."""
+    """Choose what belongs to the masks, and of each concept's heatmap the threshold of the best overlap."""
     tree = DecisionTree.load()
     concepts = list(tree.bank)
     overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
 
-    def masks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def masks() -> Iterator[tuple[np.ndarray, np.ndarray, Sequences]]:
         for found in predictions(model, folder, cases, device):
             heat = heat_maps(model, torch.from_numpy(found.similarity), torch.from_numpy(found.field)).numpy()
             for concept, true in true_regions(found.stack, tree, found.field).items():
@@ -63,52 +78,131 @@ def calibrate(
                 if on.any():
                     overlap = intersection_over_union(heat[concepts.index(concept), on], true.region[on])
                     overlaps[concept].append(overlap)
-            yield found.probabilities, found.truth
+            yield found.probabilities, found.truth, found.sequences
 
     chosen = calibrate_masks(masks(), folder)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
     return replace(chosen, heat_thresholds={concept: THRESHOLDS[int(i)] for concept, i in best.items()})
 
 
-def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray]], folder: str | Path) -> Calibration:
-    """Search the three thresholds one after the other, on (4, S, 256, 256) probabilities and truth.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The candidates of one examination, and picai_eval's matches in which the confidence is a candidate's number."""
 
-    The gland's threshold has the best mean Dice. The lesions' floor, which sets how far a candidate reaches, has the
-    best picai_eval score. That score never falls when less likely candidates are added, so it would always choose the
-    lowest peak; the peak, from which a candidate is shown, has the best F2 over picai_eval's matches instead, for a
+    features: list[Mapping[str, float]]
+    matches: LesionResults
+
+    @property
+    def hits(self) -> list[bool]:
+        """Of each candidate."""
+        numbers = {round(number) for hit, number, _ in self.matches if hit}
+        return [i in numbers for i in range(1, len(self.features) + 1)]
+
+    def results(self, likelihood: Sequence[float]) -> LesionResults:
+        """The matches with the candidates' likelihoods."""
+        of = [0.0, *likelihood]
+        return [(hit, of[round(number)], overlap) for hit, number, overlap in self.matches]
+
+
+def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], folder: str | Path) -> Calibration:
+    """Choose one after the other, on (4, S, 256, 256) probabilities and truth, and what was imaged.
+
+    The gland's threshold has the best mean Dice. A candidate's likelihood is a logistic regression, fitted for each of
+    the combinations of sequences that it may have been seen on. The lesions' floor, which sets how far a candidate
+    reaches, has the best picai_eval score. That score never falls when less likely candidates are added, so it would
+    show all of them; the likelihood from which one is shown has the best F2 over picai_eval's matches instead, for a
     false candidate is dismissed more easily than a lesion that was not shown is found.
     """
     base = PostprocessingConfig()
     gland_dice: dict[float, list[float]] = {t: [] for t in GLAND}
-    results: dict[float, list[LesionResults]] = {f: [] for f in FLOORS}
-    for p, truth in masks:
+    found: dict[float, list[_Found]] = {f: [] for f in FLOORS}
+    for p, truth, sequences in masks:
         gland = np.zeros(truth[0].shape, bool)
         for threshold in GLAND:
             mask = clean_gland(p[0], SPACING, replace(base, gland_threshold=threshold))
             gland_dice[threshold].append(dice(mask, truth[0]))
             gland = mask if threshold == base.gland_threshold else gland
+        pz, tz = split_zones(p[1], p[2], gland, SPACING, base)
         for floor in FLOORS:
-            labels = label_lesions(p[3], gland, SPACING, replace(base, lesion_floor=floor, lesion_peak=floor))
-            results[floor].append(match_lesions(labels, p[3], truth[3]))
-    detections = {floor: Detection(found) for floor, found in results.items()}
+            config = replace(base, lesion_floor=floor)
+            found[floor].append(_match(lesion_candidates(p[3], pz, tz, sequences, SPACING, config), truth[3]))
     mean_dice = {t: float(np.nanmean(v)) for t, v in gland_dice.items() if np.isfinite(v).any()}
+    likelihoods = {floor: _judged(of_floor) for floor, of_floor in found.items()}
+    detections = {
+        floor: Detection([f.results(values) for f, values in zip(found[floor], of_floor, strict=True)])
+        for floor, of_floor in likelihoods.items()
+    }
     if not mean_dice or not detections[FLOORS[0]].lesions:
         raise InputError(
             f"Expected glands and lesions in {folder} to choose thresholds on, got none; give another validation set."
         )
     scores = {floor: detection.score() for floor, detection in detections.items()}
     floor = _best(scores, base.lesion_floor)
-    f2 = {peak: detections[floor].f2(peak) for peak in PEAKS if peak >= floor}
+    f2 = {threshold: detections[floor].f2(threshold) for threshold in LIKELIHOODS}
     chosen = Calibration(
         gland_threshold=_best(mean_dice, base.gland_threshold),
         lesion_floor=floor,
-        lesion_peak=_best(f2, base.lesion_peak),
+        lesion_likelihood=_best(f2, base.lesion_likelihood),
+        likelihood=_weights(found[floor]),
         gland_dice=mean_dice,
         lesion_score=scores,
         lesion_f2=f2,
     )
-    _logger.info("thresholds chosen on %s: %s", Path(folder).name, chosen.postprocessing)
+    _logger.info("chosen on %s: %s", Path(folder).name, chosen.postprocessing)
     return chosen
+
+
+def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
+    labels = np.zeros(truth.shape, np.uint8)
+    for number, candidate in enumerate(candidates, start=1):
+        labels[candidate.mask] = number
+    matches = match_lesions(labels, range(1, len(candidates) + 1), truth)
+    return _Found(features=[c.features for c in candidates], matches=matches)
+
+
+def _table(found: Sequence[_Found], seen_on: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the candidates that were seen on all of these: features, hit or not, examination, and place in the list."""
+    names = seen_on.split("+")
+    rows = [
+        ([features[n] for n in names], hit, case, place)
+        for case, f in enumerate(found)
+        for place, (features, hit) in enumerate(zip(f.features, f.hits, strict=True))
+        if all(n in features for n in names)
+    ]
+    x, hits, cases, places = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return np.array(x, float).reshape(-1, len(names)), np.array(hits, bool), np.array(cases, int), np.array(places, int)
+
+
+def _enough(hits: np.ndarray, cases: np.ndarray) -> bool:
+    """Whether each fold can have hits and others, from examinations of its own."""
+    return all(len(np.unique(cases[hits == kind])) >= FOLDS for kind in (True, False))
+
+
+def _judged(found: Sequence[_Found]) -> list[list[float]]:
+    """The likelihood of every candidate of every examination, by weights fitted without that examination."""
+    values = [[float(1 / (1 + np.exp(-f["mask"]))) for f in of_case.features] for of_case in found]
+    for seen_on in SEEN_ON:
+        x, hits, cases, places = _table(found, seen_on)
+        if not _enough(hits, cases):
+            continue
+        folds = StratifiedGroupKFold(FOLDS)
+        judged = cross_val_predict(LogisticRegression(), x, hits, groups=cases, cv=folds, method="predict_proba")
+        for case, place, value in zip(cases, places, judged[:, 1], strict=True):
+            if "+".join(found[case].features[place]) == seen_on:
+                values[case][place] = float(value)
+    return values
+
+
+def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
+    weights = {}
+    for seen_on in SEEN_ON:
+        x, hits, cases, _ = _table(found, seen_on)
+        if _enough(hits, cases):
+            fitted = LogisticRegression().fit(x, hits)
+            named = zip(seen_on.split("+"), fitted.coef_[0], strict=True)
+            weights[seen_on] = {"intercept": round(float(fitted.intercept_[0]), 4)}
+            weights[seen_on] |= {name: round(float(w), 4) for name, w in named}
+    return weights
 
 
 def _best(scores: dict[float, float], default: float) -> float:

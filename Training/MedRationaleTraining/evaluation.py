@@ -20,7 +20,15 @@ from rich.progress import track
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.files import check_writable, write_text
-from MedRationaleLib.findings import PostprocessingConfig, clean_gland, label_lesions, split_zones
+from MedRationaleLib.findings import (
+    DIFFUSION,
+    PostprocessingConfig,
+    Sequences,
+    clean_gland,
+    label_lesions,
+    lesion_candidates,
+    split_zones,
+)
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.precision import autocast
@@ -58,6 +66,8 @@ class Prediction:
     """(4, S, 256, 256) float32: gland, PZ, TZ, lesion; 0 where T2W has no data."""
     truth: np.ndarray
     """(4, S, 256, 256) bool."""
+    sequences: Sequences
+    """ADC and DWI as they were imaged, (S, 256, 256)."""
     pooled: np.ndarray
     """(R, K) similarity of every true region to every concept."""
     slices: np.ndarray
@@ -102,7 +112,7 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
     if weights.shape[-2:] != output.embedding.shape[-2:]:
         target = output.embedding.shape[-2:]
         weights = torch.nn.functional.interpolate(weights.flatten(0, 1), target, mode="area").unflatten(0, (2, -1))
-    _, valid, labels, regions = make_stack(exam, 0, len(exam.labels))
+    images, valid, labels, regions = make_stack(exam, 0, len(exam.labels))
     similarity = mean_of_mirrored(torch.stack([output.similarity(i, concepts) for i in (0, 1)]))
     field = torch.nn.functional.interpolate(torch.from_numpy(valid[:1]).float(), (REGION_PIXELS,) * 2, mode="area")[0]
     maps = {}
@@ -112,6 +122,7 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
     return Prediction(
         probabilities=full.float().cpu().numpy() * valid[0],
         truth=true_masks(labels, valid[0]),
+        sequences=diffusion(images, valid),
         pooled=(output.pool(weights).mean(0) @ concepts.T).cpu().numpy(),
         slices=(output.slice_means().mean(0) @ concepts.T).cpu().numpy(),
         similarity=similarity.cpu().numpy(),
@@ -129,6 +140,11 @@ def true_masks(labels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Packed labels and where T2W has data, (S, 256, 256) -> (4, S, 256, 256) bool: gland, PZ, TZ, lesion."""
     zone = np.where(valid, labels & 3, 0)
     return np.stack([zone > 0, zone == 1, zone == 2, valid & ((labels & LESION_BIT) > 0)])
+
+
+def diffusion(images: np.ndarray, valid: np.ndarray) -> Sequences:
+    """(3, S, 256, 256) images and where they have data -> "adc" and "dwi", as far as the examination has them."""
+    return {name: (images[c], valid[c]) for c, name in enumerate(DIFFUSION, start=1) if valid[c].any()}
 
 
 def mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:
@@ -167,16 +183,19 @@ class CaseResult:
 
 
 def assess_masks(
-    probabilities: np.ndarray, truth: np.ndarray, config: PostprocessingConfig
-) -> tuple[MaskResult, dict[str, np.ndarray]]:
-    """Post-process as inference does, and compare: (4, S, 256, 256) probabilities and truth -> result and masks."""
+    probabilities: np.ndarray, truth: np.ndarray, sequences: Sequences, config: PostprocessingConfig
+) -> tuple[MaskResult, dict[str, np.ndarray], tuple[float, ...]]:
+    """Post-process as inference does, and compare; probabilities and truth are (4, S, 256, 256).
+
+    Returns the result, the masks and the likelihoods of the lesions 1, 2, ... that are shown.
+    """
     gland = clean_gland(probabilities[0], SPACING, config)
     pz, tz = split_zones(probabilities[1], probabilities[2], gland, SPACING, config)
-    # Candidates of every likelihood make the curves of AP and AUROC; those from lesion_peak up are what a user sees.
-    p = probabilities[3]
-    every = label_lesions(p, gland, SPACING, replace(config, lesion_peak=config.lesion_floor))
-    shown = [k for k in range(1, int(every.max()) + 1) if p[every == k].max() >= config.lesion_peak]
-    lesion = np.isin(every, shown) & (every > 0)
+    # Candidates of every likelihood make the curves of AP and AUROC; a user sees those from lesion_likelihood up.
+    candidates = lesion_candidates(probabilities[3], pz, tz, sequences, SPACING, config)
+    every, likelihood = label_lesions(candidates, gland.shape, replace(config, lesion_likelihood=0.0))
+    shown = sum(value >= config.lesion_likelihood for value in likelihood)
+    lesion = (every > 0) & (every <= shown)
     volume = {n: dice(a, t) for n, a, t in zip(CLASSES, (gland, pz, tz, lesion), truth, strict=True)}
     positive = np.flatnonzero(truth[3].any((1, 2)))
     if not positive.size:
@@ -184,16 +203,16 @@ def assess_masks(
     result = MaskResult(
         dice=volume,
         smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
-        lesions=match_lesions(every, p, truth[3]),
+        lesions=match_lesions(every, likelihood, truth[3]),
     )
-    return result, {"gland": gland, "pz": pz, "tz": tz, "lesions": every * lesion}
+    return result, {"gland": gland, "pz": pz, "tz": tz, "lesions": every * lesion}, likelihood[:shown]
 
 
 def assess(
     prediction: Prediction, config: PostprocessingConfig, tree: DecisionTree, targets: NodeTargets, concepts: list[str]
 ) -> CaseResult:
     """Masks, answers, evidence and rationales against what is true."""
-    result, masks = assess_masks(prediction.probabilities, prediction.truth, config)
+    result, masks, likelihood = assess_masks(prediction.probabilities, prediction.truth, prediction.sequences, config)
     kept = np.flatnonzero(prediction.seen)
     of_slices = slice_answers(prediction.stack)
     places = true_regions(prediction.stack, tree, prediction.field)
@@ -204,7 +223,7 @@ def assess(
             "slices": _retrieved(prediction.slices[kept], [of_slices[s] for s in kept], targets, concepts),
         },
         evidence=evidence_scores(prediction.maps, places, concepts, prediction.field),
-        rationale=assess_rationale(prediction, masks, tree, targets, config),
+        rationale=assess_rationale(prediction, masks, likelihood, tree, targets, config),
     )
 
 
@@ -226,7 +245,7 @@ def summarise_masks(results: Sequence[MaskResult], config: PostprocessingConfig)
     """Dice and detection, each an Estimate as a mapping."""
     metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
     metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
-    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_peak)
+    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_likelihood)
     return {k: asdict(v) for k, v in metrics.items()}
 
 

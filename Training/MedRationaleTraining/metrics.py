@@ -86,11 +86,12 @@ LesionResults = list[tuple[int, float, float]]
 """picai_eval's: (is a lesion, the candidate's confidence or 0 where missed, overlap) of one examination."""
 
 
-def match_lesions(labels: np.ndarray, likelihood: np.ndarray, truth: np.ndarray) -> LesionResults:
-    """Candidates (0 or a label) against true lesions, by picai_eval: a hit has an intersection over union of 0.1 up."""
-    detection = np.zeros(likelihood.shape, np.float32)
-    for label in range(1, int(labels.max(initial=0)) + 1):
-        detection[labels == label] = likelihood[labels == label].max()
+def match_lesions(labels: np.ndarray, likelihood: Sequence[float], truth: np.ndarray) -> LesionResults:
+    """Candidates (0 or a label) against true lesions, by picai_eval: a hit has an intersection over union of 0.1 up.
+
+    `likelihood` is that of the labels 1, 2, ...
+    """
+    detection = np.append(0, likelihood).astype(np.float32)[labels]
     return evaluate_case(detection, truth.astype(np.int32))[0]
 
 

@@ -104,6 +104,7 @@ class RationaleResult:
 def predicted_findings(
     prediction: Prediction,
     masks: Mapping[str, np.ndarray],
+    likelihood: Sequence[float],
     tree: DecisionTree,
     concepts: Sequence[str],
     config: PostprocessingConfig,
@@ -113,6 +114,7 @@ def predicted_findings(
     Args:
         prediction: of the examination.
         masks: (S, 256, 256) "gland", "pz", "tz" bool and "lesions", labels.
+        likelihood: of the labels 1, 2, ...
         tree: that is walked.
         concepts: ids in the order of the similarities.
         config: what belongs to the model.
@@ -122,7 +124,7 @@ def predicted_findings(
         return []
     gland, pz, tz = (_image(masks[name].astype(np.uint8)) for name in ("gland", "pz", "tz"))
     findings = []
-    for lesion in measure_lesions(_image(labels), _image(prediction.probabilities[3]), gland, pz, tz, config):
+    for lesion in measure_lesions(_image(labels), likelihood, gland, pz, tz, config):
         similarity = region_similarity(
             prediction.similarity, _shares(labels == lesion.label, prediction.similarity.shape[-1])
         )
@@ -139,6 +141,7 @@ def predicted_findings(
 def assess_rationale(
     prediction: Prediction,
     masks: Mapping[str, np.ndarray],
+    likelihood: Sequence[float],
     tree: DecisionTree,
     targets: NodeTargets,
     config: PostprocessingConfig,
@@ -146,7 +149,7 @@ def assess_rationale(
     """Compare what is said of slices, examination and findings with what is true, and with each other."""
     concepts = list(targets.index)
     labels, seen = masks["lesions"], np.flatnonzero(prediction.seen)
-    findings = predicted_findings(prediction, masks, tree, concepts, config)
+    findings = predicted_findings(prediction, masks, likelihood, tree, concepts, config)
     by_label = {f.lesion.label: f for f in findings}
     largest = [_largest_label(labels[s]) for s in seen]
     present = {n.id: n.candidates() for n in tree.nodes.values() if n.id in (tree.start, "zone")}
