@@ -84,10 +84,10 @@ def test_predict_writes_all_files_and_sums_them_up(case, tmp_path, capsys):
     printed = capsys.readouterr()
     rows = [re.split(r"  +", line.strip()) for line in printed.out.splitlines()]
     header = next(row for row in rows if row[0] == "Lesion")
-    assert header[1:] == ["Zone", "Sector", "Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Mask prob.*"]
+    assert header[1:] == ["Zone", "Sector", "Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood*"]
     first = dict(zip(header, next(row for row in rows if row[0] == "lesion-1"), strict=True))
     record = json.loads((out / "assessment.json").read_text(encoding="utf-8"))["findings"][0]
-    assert first["Sector"] == "right peripheral zone posteromedial mid gland" and first["Mask prob.*"] == "0.83"
+    assert first["Sector"] == "right peripheral zone posteromedial mid gland" and first["Likelihood*"] == "0.83"
     assert [int(first[n]) for n in ("T2W", "DWI", "PI-RADS")] == [
         record[n] for n in ("t2w_score", "dwi_score", "pirads")
     ]

@@ -152,12 +152,25 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
     put("VEIN", cx, cy - ry - 5, uniform(rng, 9, 16) * np.clip((20 - apex) / 20, 0, 1), uniform(rng, 3, 6), warp=0.3)
     put("MUSCLE", cx, cy - ry - uniform(rng, 52, 66), uniform(rng, 30, 40), uniform(rng, 5, 9), warp=0.2)
     # bladder: wall, then urine; it sits in front of and above the base
-    if rng.random() < 0.9:
-        above = base + uniform(rng, 4, 34)
+    if rng.random() < 0.97:
+        above = base + uniform(rng, 6, 34)
         full = uniform(rng, 0.5, 1.2) * np.sqrt(np.clip(above / 22, 0, 1))
         bx, by, thick = uniform(rng, 20, 36), uniform(rng, 12, 26), uniform(rng, 2, 5.5)
+        if rng.random() < 0.35:
+            thick = uniform(rng, 5.5, 9)  # hypertrophic, as behind a large transition zone
         by_c = cy - ry * np.clip(1 - base / 30, 0.0, 1.0) - by * 0.75 * np.clip(1 - (base - 3) / 30, 0.25, 1) + curve(1)
         put("BLADDER_WALL", cx + curve(1), by_c, (bx + thick) * full, (by + thick) * full, warp=0.25)
+        # its neck: detrusor between base and lumen, as dark as the anterior stroma that it continues
+        if rng.random() < 0.6:
+            neck = np.clip((base + uniform(rng, 3, 12)) / 5, 0, 1) * np.clip((uniform(rng, 3, 15) - base) / 4, 0, 1)
+            put(
+                "BLADDER_WALL",
+                frame["cx"] + curve(1.5),
+                frame["cy"] - frame["ry"] * uniform(rng, 0.2, 1.0),
+                frame["rx"] * uniform(rng, 0.4, 0.9) * neck,
+                uniform(rng, 6, 14) * neck,
+                warp=0.35,
+            )
         put("URINE", cx, by_c, bx * full - thick, by * full - thick, warp=0.25)
     # seminal vesicles with their ducts above and behind the base
     vesicle = np.clip((base + 7) / 5, 0, 1) * np.clip((uniform(rng, 14, 26) - base) / 5, 0, 1)
@@ -171,6 +184,17 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
             uniform(rng, 3.5, 7) * vesicle,
             angle=side * uniform(rng, -0.3, 0.1),
             warp=0.4,
+        )
+    # puborectal sling: under the apex the levator fills what is between urethra and obturator muscle
+    if rng.random() < 0.6:
+        sling = np.clip((uniform(rng, 0, 5) - apex) / 5, 0, 1)
+        put(
+            "MUSCLE",
+            frame["cx"] + curve(1),
+            frame["cy"] + uniform(rng, 0, 9),
+            uniform(rng, 11, 20) * sling,
+            uniform(rng, 11, 22) * sling,
+            warp=0.2,
         )
     # rectum; below the apex the anal canal, as a thick muscular ring
     canal = np.clip((2 - apex) / 12, 0, 1)
@@ -202,7 +226,7 @@ def paint_pelvis(canvas: Canvas, gland: np.ndarray) -> None:
         uniform(rng, 6, 10) * below,
         warp=0.15,
     )
-    put("VEIN", frame["cx"], frame["cy"], 2.5 * below, 2.5 * below)
+    put("VEIN", frame["cx"], frame["cy"], uniform(rng, 1, 4) * below, uniform(rng, 1, 4) * below)
     bulb = np.clip((-apex - 12) / 6, 0, 1)
     put(
         "URINE" if rng.random() < 0.5 else "VEIN",

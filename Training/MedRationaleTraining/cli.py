@@ -29,8 +29,8 @@ _DESCRIPTION = """Train MedRationale's models on synthetic examinations with kno
 
 In this order:
   medrationale-train synthesize --picai-labels LABELS --split train --cases 1040 --seed 0 --out data/synthetic/train
-  medrationale-train synthesize --picai-labels LABELS --split val --cases 30 --seed 1 --out data/synthetic/val
-  medrationale-train synthesize --picai-labels LABELS --split test --cases 60 --seed 2 --out data/synthetic/test
+  medrationale-train synthesize --picai-labels LABELS --split val --cases 90 --seed 1 --out data/synthetic/val
+  medrationale-train synthesize --picai-labels LABELS --split test --cases 150 --seed 2 --out data/synthetic/test
   medrationale-train fit --config Training/configs/compact.yaml
   medrationale-train evaluate --model runs/compact/model --data data/synthetic/test --out runs/compact/test
   medrationale-train export --run runs/compact --out runs/compact/model \\
