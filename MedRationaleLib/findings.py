@@ -32,8 +32,10 @@ MIDSAGITTAL_MM = 2.5
 """Half the thickness of the slab in which length and height are measured."""
 DIFFUSION = ("adc", "dwi")
 """Sequences that a candidate's likelihood looks at beside its mask, where they were imaged."""
-MASK_ALONE = {"intercept": 0.0, "mask": 1.0}
-"""Weights of the likelihood where none were fitted: it is then the mean mask probability."""
+OF_MASK = ("peak", "volume", "tz")
+"""Features of a candidate that need no other sequence, see Candidate.features."""
+UNFITTED = {"intercept": 0.0, "peak": 1.0}
+"""Weights of the likelihood where none were fitted: it is then the highest mask probability."""
 Sequences = Mapping[str, tuple[Array, Mask]]
 """Sequence -> its (z, y, x) values, and where they are data."""
 
@@ -215,7 +217,8 @@ class Candidate:
     mask: Mask
     """(z, y, x)."""
     features: Mapping[str, float]
-    """"mask": logit of its mean probability. "adc", "dwi", where imaged: log of its mean over its zone's median."""
+    """"peak": logit of its highest probability; "volume": log of its ml; "tz": 1 in the transition zone, 0 in the
+    peripheral. "adc", "dwi", where imaged: log of its mean over the median of its zone outside every candidate."""
 
     @property
     def seen_on(self) -> str:
@@ -227,14 +230,9 @@ class Candidate:
 
         A logistic regression fitted on candidates of synthetic examinations: what a true lesion is there.
         """
-        weights = config.likelihood.get(self.seen_on, MASK_ALONE)
-        return float(
-            1
-            / (
-                1
-                + np.exp(-weights["intercept"] - sum(weights[n] * v for n, v in self.features.items() if n in weights))
-            )
-        )
+        weights = config.likelihood.get(self.seen_on, UNFITTED)
+        logit = weights["intercept"] + sum(weights.get(name, 0.0) * value for name, value in self.features.items())
+        return float(1 / (1 + np.exp(-logit)))
 
 
 def lesion_candidates(
@@ -264,9 +262,14 @@ def lesion_candidates(
     beside = ~np.logical_or.reduce(kept) if kept else gland
     candidates = []
     for lesion in kept:
-        chance = np.clip(probability[lesion].mean(dtype=float), 1e-4, 1 - 1e-4)
-        features = {"mask": float(np.log(chance / (1 - chance)))}
-        zone = pz if _zone(lesion, pz, tz, spacing)[0] == "PZ" else tz
+        peak = np.clip(float(probability[lesion].max()), 1e-6, 1 - 1e-6)
+        in_tz = _zone(lesion, pz, tz, spacing)[0] == "TZ"
+        features = {
+            "peak": float(np.log(peak / (1 - peak))),
+            "volume": float(np.log(lesion.sum() * voxel_ml)),
+            "tz": float(in_tz),
+        }
+        zone = tz if in_tz else pz
         for name, (inside, rest) in zone_signal(lesion, zone & beside, sequences).items():
             if rest > 0:
                 features[name] = float(np.log(np.clip(inside / rest, 0.05, 20)))

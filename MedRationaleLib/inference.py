@@ -265,7 +265,7 @@ class Predictor:
         concepts = self.model.concept_embeddings
         straight, mirrored = (output.similarity(i, concepts) for i in (0, 1))
         similarity = (straight + mirrored.flip(-1)) / 2
-        probabilities = output.mask_logits.sigmoid()
+        probabilities = output.mask_logits.float().sigmoid()
         probabilities = (probabilities[0] + probabilities[1].flip(-1)) / 2
         return Prediction(
             grid=given.grid,

@@ -280,7 +280,7 @@ def test_candidates_are_ordered_by_likelihood_and_kept_only_where_they_lie_in_th
     ])  # fmt: skip
     found, likelihood = phantom.labels(probability)
     assert found.dtype == np.uint8 and found.max() == 2
-    assert likelihood == pytest.approx([probability[found == label].mean() for label in (1, 2)])
+    assert likelihood == pytest.approx([probability[found == label].max() for label in (1, 2)])
     for label, truth in ((1, strong), (2, weak)):
         assert 2 * (truth & (found == label)).sum() / (truth.sum() + (found == label).sum()) > 0.9
 
@@ -318,7 +318,8 @@ def test_a_candidates_diffusion_is_measured_against_the_rest_of_its_zone():
     assert {c.seen_on for c in found} == {"mask+dwi"} and len(found) == 2
     assert np.exp(by_place[True].features["dwi"]) == pytest.approx(3)
     assert np.exp(by_place[False].features["dwi"]) == pytest.approx(9)
-    assert by_place[True].features["mask"] == pytest.approx(np.log(4))
+    assert by_place[True].features["peak"] == pytest.approx(np.log(4)) and by_place[True].features["tz"] == 0
+    assert np.exp(by_place[True].features["volume"]) == pytest.approx(spot.sum() * np.prod(spacing) / 1000)
 
 
 def test_likelihood_is_the_logistic_regression_for_what_was_seen_and_decides_what_is_shown():
@@ -326,7 +327,7 @@ def test_likelihood_is_the_logistic_regression_for_what_was_seen_and_decides_wha
     dark, bright = phantom.ellipsoid((-8, 14, 0), (4, 3, 6)), phantom.ellipsoid((8, 14, 0), (4, 3, 6))
     probability = np.where(dark, 0.9, np.where(bright, 0.6, 0)).astype(np.float32)
     dwi = np.where(dark, 5.0, np.where(bright, 20.0, 10.0))
-    weights = {"intercept": -1.0, "mask": 0.5, "dwi": 2.0}
+    weights = {"intercept": -1.0, "peak": 0.5, "dwi": 2.0}
     config = PostprocessingConfig(lesion_likelihood=0.3, likelihood={"mask+dwi": weights})
     labels, likelihood = phantom.labels(probability, config, dwi=dwi)
     expected = 1 / (1 + np.exp(1 - 0.5 * np.log(0.6 / 0.4) - 2 * np.log(2)))

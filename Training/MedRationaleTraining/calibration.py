@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.findings import (
+    OF_MASK,
     Candidate,
     PostprocessingConfig,
     Sequences,
@@ -32,7 +33,7 @@ from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_l
 _logger = logging.getLogger(__name__)
 GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(12))
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
-LIKELIHOODS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+LIKELIHOODS = tuple(round(0.02 * i, 2) for i in range(1, 50))
 SEEN_ON = ("mask", "mask+adc", "mask+dwi", "mask+adc+dwi")
 FOLDS = 5
 """Of the cross-validation, by examination, in which every candidate is judged by weights that it had no part in."""
@@ -89,14 +90,15 @@ def calibrate(
 class _Found:
     """The candidates of one examination, and picai_eval's matches in which the confidence is a candidate's number."""
 
-    features: list[Mapping[str, float]]
+    candidates: list[tuple[str, Mapping[str, float]]]
+    """What it was seen on, and its features."""
     matches: LesionResults
 
     @property
     def hits(self) -> list[bool]:
         """Of each candidate."""
         numbers = {round(number) for hit, number, _ in self.matches if hit}
-        return [i in numbers for i in range(1, len(self.features) + 1)]
+        return [i in numbers for i in range(1, len(self.candidates) + 1)]
 
     def results(self, likelihood: Sequence[float]) -> LesionResults:
         """The matches with the candidates' likelihoods."""
@@ -157,16 +159,21 @@ def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
     for number, candidate in enumerate(candidates, start=1):
         labels[candidate.mask] = number
     matches = match_lesions(labels, range(1, len(candidates) + 1), truth)
-    return _Found(features=[c.features for c in candidates], matches=matches)
+    return _Found(candidates=[(c.seen_on, c.features) for c in candidates], matches=matches)
+
+
+def _names(seen_on: str) -> tuple[str, ...]:
+    """Features of a candidate that was seen on these."""
+    return (*OF_MASK, *seen_on.split("+")[1:])
 
 
 def _table(found: Sequence[_Found], seen_on: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the candidates that were seen on all of these: features, hit or not, examination, and place in the list."""
-    names = seen_on.split("+")
+    names = _names(seen_on)
     rows = [
         ([features[n] for n in names], hit, case, place)
         for case, f in enumerate(found)
-        for place, (features, hit) in enumerate(zip(f.features, f.hits, strict=True))
+        for place, ((_, features), hit) in enumerate(zip(f.candidates, f.hits, strict=True))
         if all(n in features for n in names)
     ]
     x, hits, cases, places = zip(*rows, strict=True) if rows else ((), (), (), ())
@@ -180,7 +187,7 @@ def _enough(hits: np.ndarray, cases: np.ndarray) -> bool:
 
 def _judged(found: Sequence[_Found]) -> list[list[float]]:
     """The likelihood of every candidate of every examination, by weights fitted without that examination."""
-    values = [[float(1 / (1 + np.exp(-f["mask"]))) for f in of_case.features] for of_case in found]
+    values = [[float(1 / (1 + np.exp(-f["peak"]))) for _, f in of_case.candidates] for of_case in found]
     for seen_on in SEEN_ON:
         x, hits, cases, places = _table(found, seen_on)
         if not _enough(hits, cases):
@@ -188,7 +195,7 @@ def _judged(found: Sequence[_Found]) -> list[list[float]]:
         folds = StratifiedGroupKFold(FOLDS)
         judged = cross_val_predict(LogisticRegression(), x, hits, groups=cases, cv=folds, method="predict_proba")
         for case, place, value in zip(cases, places, judged[:, 1], strict=True):
-            if "+".join(found[case].features[place]) == seen_on:
+            if found[case].candidates[place][0] == seen_on:
                 values[case][place] = float(value)
     return values
 
@@ -199,7 +206,7 @@ def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
         x, hits, cases, _ = _table(found, seen_on)
         if _enough(hits, cases):
             fitted = LogisticRegression().fit(x, hits)
-            named = zip(seen_on.split("+"), fitted.coef_[0], strict=True)
+            named = zip(_names(seen_on), fitted.coef_[0], strict=True)
             weights[seen_on] = {"intercept": round(float(fitted.intercept_[0]), 4)}
             weights[seen_on] |= {name: round(float(w), 4) for name, w in named}
     return weights

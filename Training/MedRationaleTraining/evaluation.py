@@ -103,7 +103,7 @@ def predict(model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evi
             output = model(torch.stack([stack.images, stack.images.flip(-1)]).to(device))
     finally:
         hook.remove()
-    probabilities = mean_of_mirrored(output.mask_logits.sigmoid()).permute(1, 0, 2, 3)
+    probabilities = mean_of_mirrored(output.mask_logits.float().sigmoid()).permute(1, 0, 2, 3)
     logits = mean_of_mirrored(output.mask_logits)
     size = stack.images.shape[-2:]
     full = torch.nn.functional.interpolate(probabilities, size, mode="bilinear", align_corners=False)
