@@ -28,5 +28,5 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
 
     folder = tmp_path_factory.mktemp("synthetic") / "tiny"
-    make_set(folder, SynthesisConfig(cases=3, seed=5))
+    make_set(folder, SynthesisConfig(cases=3, seed=6))
     return folder

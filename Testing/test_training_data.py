@@ -45,19 +45,19 @@ def test_an_interrupted_set_goes_on_and_is_the_same_as_one_made_at_once(
     (half / ".00001.999" / "images.npy").write_bytes(b"half")
     made = []
     monkeypatch.setattr(synthetic, "_make_one", lambda index, **_: made.append(index))
-    make_set(half, SynthesisConfig(cases=3, seed=5))
+    make_set(half, SynthesisConfig(cases=3, seed=6))
     assert made == [1, 2]
     assert sorted(p.name for p in half.iterdir()) == ["00000", "config.json"]
 
 
 def test_an_examination_depends_on_seed_and_number_alone(tiny_set: Path, tmp_path: Path) -> None:
-    make_set(tmp_path / "again", SynthesisConfig(cases=1, seed=5))
+    make_set(tmp_path / "again", SynthesisConfig(cases=1, seed=6))
     assert contents(tmp_path / "again" / "00000") == contents(tiny_set / "00000")
 
 
 def test_a_folder_with_a_set_of_other_settings_is_refused(tiny_set: Path) -> None:
     with pytest.raises(InputError, match="same settings"):
-        make_set(tiny_set, SynthesisConfig(cases=3, seed=6))
+        make_set(tiny_set, SynthesisConfig(cases=3, seed=7))
 
 
 @pytest.mark.parametrize("change", [{"cases": 0}, {"phantoms": 1.5}, {"workers": 0}, {"seed": -1}])
@@ -262,7 +262,7 @@ def test_a_folder_without_examinations_gives_no_backgrounds(tmp_path: Path) -> N
 
 
 def test_the_settings_of_a_set_are_beside_it(tiny_set: Path) -> None:
-    assert json.loads((tiny_set / "config.json").read_text())["seed"] == 5
+    assert json.loads((tiny_set / "config.json").read_text())["seed"] == 6
     about = synthetic.describe_set(tiny_set)
     assert about["examinations"] == 3 and not about["picai_labels"]
 
