@@ -46,6 +46,20 @@ def prostatex_assessed(predictor, prostatex):
     return predictor.assess(prostatex)
 
 
+@pytest.fixture(scope="module")
+def eager(predictor):
+    """Shows every candidate, so that what is compared on a real case are findings, however unlikely."""
+    config = replace(predictor.postprocessing, lesion_likelihood=0.0)
+    return Predictor(predictor.checkpoint, predictor.device, config)
+
+
+@pytest.fixture(scope="module")
+def prostatex_candidates(eager, prostatex):
+    assessment = eager.assess(prostatex)
+    assert len(assessment.findings) > 1
+    return assessment
+
+
 def dice(a, b):
     """Of two masks in physical space, on the first one's grid."""
     b = sitk.Resample(b, a, sitk.Transform(), sitk.sitkNearestNeighbor)
@@ -99,10 +113,7 @@ def in_thinner_slices(image):
     return finer(image, (1, 1, 3))
 
 
-FALLS_SHORT = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="what is asked of the model and these weights miss"
-)
-STORAGE = [flipped, rotated, reoriented, pytest.param(resampled, marks=FALLS_SHORT)]
+STORAGE = [flipped, rotated, reoriented, resampled]
 
 
 def name_of(value):
@@ -133,28 +144,28 @@ def test_a_real_case_stored_in_another_way_gives_the_same(predictor, prostatex, 
     assert_same(prostatex_assessed, predictor.assess(copy))
 
 
-def test_gland_and_zones_of_copies_on_a_finer_lattice_agree_whatever_the_lesions_do(
-    predictor, phantom, assessed, prostatex, prostatex_assessed
-):
-    for study, first in ((phantom, assessed), (prostatex, prostatex_assessed)):
-        copy = Study.from_images(**{name: resampled(image) for name, image in images(study).items()})
-        second = predictor.assess(copy)
-        for name in ("gland", "pz", "tz"):
-            assert dice(getattr(first, name), getattr(second, name)) >= 0.98, name
+@pytest.mark.parametrize("store", [flipped, rotated, reoriented], ids=name_of)
+def test_a_real_case_turned_in_storage_has_the_same_candidates(eager, prostatex, prostatex_candidates, store):
+    copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
+    assert_same(prostatex_candidates, eager.assess(copy))
 
 
 @pytest.mark.parametrize("store", [flipped, rotated, reoriented, resampled, in_thinner_slices], ids=name_of)
-def test_masks_of_a_t2w_as_fine_as_the_crop_depend_on_no_lattice(predictor, prostatex, store):
+def test_masks_of_a_t2w_as_fine_as_the_crop_depend_on_no_lattice(eager, prostatex, store):
     """One and the same prediction, decided for the T2W as it came and for its copy: no outline moves."""
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
-    prediction = predictor._predict(prostatex, Stopwatch(), lambda *_: None)
-    first, second = (prediction.masks(predictor.postprocessing, study.t2w) for study in (prostatex, copy))
+    prediction = eager._predict(prostatex, Stopwatch(), lambda *_: None)
+    first, second = (prediction.masks(eager.postprocessing, study) for study in (prostatex, copy))
     for name in ("gland", "pz", "tz", "lesions"):
         assert dice(getattr(first, name), getattr(second, name)) == 1.0, name
 
 
 def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_assessed, shared_data):
     assert_same(prostatex_assessed, predictor.assess(Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
+
+
+def test_the_dicom_folder_has_the_same_candidates_as_the_files(eager, prostatex_candidates, shared_data):
+    assert_same(prostatex_candidates, eager.assess(Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
 
 
 def test_the_phantoms_gland_is_found(assessed, phantom_paths):
@@ -195,9 +206,8 @@ def test_findings_are_ordered_by_suspicion_and_numbered(assessed):
     are_ordered_and_numbered(assessed)
 
 
-def test_findings_of_a_real_case_are_ordered_by_suspicion_and_numbered(prostatex_assessed):
-    are_ordered_and_numbered(prostatex_assessed)
-    assert len(prostatex_assessed.findings) > 1
+def test_findings_of_a_real_case_are_ordered_by_suspicion_and_numbered(prostatex_candidates):
+    are_ordered_and_numbered(prostatex_candidates)
 
 
 def test_the_index_lesion_is_of_the_highest_category_then_extends_then_is_the_largest(assessed):
@@ -278,11 +288,11 @@ def test_an_unknown_device_is_one_sentence():
         Predictor.load("compact", device="abacus")
 
 
-REAL = [  # case, mask, what these weights reach less a margin, what is asked of them
-    ("prostatex-0000", "gland", 0.79, 0.80),
-    ("prostatex-0000", "tz", 0.65, 0.65),
-    ("prostatex-0000", "pz", 0.55, 0.55),
-    ("prostate158-001", "gland", 0.75, 0.75),
+REAL = [  # case, mask, Dice that is asked
+    ("prostatex-0000", "gland", 0.80),
+    ("prostatex-0000", "tz", 0.65),
+    ("prostatex-0000", "pz", 0.55),
+    ("prostate158-001", "gland", 0.75),
 ]
 
 
@@ -298,19 +308,13 @@ def real_dice(predictor, prostatex_assessed, shared_data):
     return result
 
 
-@pytest.mark.parametrize(("case", "mask", "reached", "asked"), REAL)
-def test_real_masks_are_no_worse_than_these_weights_were(real_dice, case, mask, reached, asked):
+@pytest.mark.parametrize(("case", "mask", "asked"), REAL)
+def test_real_masks_reach_what_is_asked(real_dice, case, mask, asked):
     """Single cases: a guard against breaking what works, not a result."""
-    assert real_dice[case, mask] >= reached
-
-
-@FALLS_SHORT
-@pytest.mark.parametrize(("case", "mask", "reached", "asked"), [r for r in REAL if r[2] < r[3]])
-def test_real_masks_reach_what_is_asked_for(real_dice, case, mask, reached, asked):
     assert real_dice[case, mask] >= asked
 
 
-@FALLS_SHORT
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="asked of the model; these weights miss it")
 def test_the_real_lesion_is_among_the_findings(prostatex_assessed, shared_data):
     lesion = sitk.ReadImage(str(shared_data / "prostatex-0000" / "lesion.nii.gz")) > 0
     hits = [f for f in prostatex_assessed.findings if dice(prostatex_assessed.lesions == f.label, lesion) > 0.1]
