@@ -27,6 +27,8 @@ ADC_WINDOW = (300.0, 2200.0)
 """1e-6 mm^2/s. Fixed, because ADC is quantitative: the same grey means the same diffusion in every report."""
 HEAT_STEP_MM = 1.5
 """Pixel of a heatmap picture: evidence comes from patches of several mm, finer pixels would only weigh more."""
+FAINTEST_TOP = 0.02
+"""Heatmaps that are nowhere above this stay dark."""
 HEAT_LEVELS = 64
 HEAT_STOPS = ((0.0, (60, 15, 110)), (0.45, (205, 45, 95)), (0.75, (250, 140, 35)), (1.0, (253, 238, 130)))
 """Dark violet to light yellow: brightness rises all the way, so it also reads in grey and with colour blindness."""
@@ -65,9 +67,11 @@ class ReportPictures:
             for name in ("t2w", "adc", "dwi")
             if (image := getattr(study, name)) is not None
         }
-        highest = max((_highest(image) for image in assessment.evidence.values()), default=1.0)
-        self.heat_top = max(0.1, math.ceil(highest * 20) / 20)
-        """Similarity at the bright end of the colour scale, the same for all heatmaps so that they can be compared."""
+        self.heat_tops = {
+            key: max(FAINTEST_TOP, math.ceil(_highest(image) * 100) / 100) for key, image in assessment.evidence.items()
+        }
+        """Evidence key -> heat at the bright end of its colour scale: a constraint keeps some concepts far fainter than
+        others, and on one scale they would not be seen."""
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ class ReportPictures:
         """Slice -> heatmap as a PNG data URI with opacity, where it shows anything; covers `heat_size_mm`."""
         step_x, step_y = self._heat_steps
         heat = self._cut(_array(self._assessment.evidence[key]))[:, step_y // 2 :: step_y, step_x // 2 :: step_x]
-        levels = np.round(np.clip(np.nan_to_num(heat) / self.heat_top, 0, 1) * (HEAT_LEVELS - 1)).astype(np.uint8)
+        levels = np.round(np.clip(np.nan_to_num(heat) / self.heat_tops[key], 0, 1) * (HEAT_LEVELS - 1)).astype(np.uint8)
         pictures = {}
         for index in np.flatnonzero((levels > HEAT_LEVELS // 16).any(axis=(1, 2))):
             picture = Image.fromarray(levels[index], mode="P")

@@ -296,6 +296,16 @@ def test_outlines_enclose_the_area_of_the_mask(assessment: Assessment) -> None:
     assert area == pytest.approx(voxels, rel=0.02)
 
 
+def test_a_faint_heatmap_is_drawn_on_a_scale_of_its_own(assessment: Assessment) -> None:
+    key = assessment.findings[0].rationale[0].evidence or ""
+    faint = replace(assessment, evidence=assessment.evidence | {key: assessment.evidence[key] * 0.2})
+    one, two = ReportPictures(assessment), ReportPictures(faint)
+    assert two.heat_tops[key] == pytest.approx(0.2 * one.heat_tops[key], abs=0.01)
+    assert one.heat(key) and two.heat(key).keys() == one.heat(key).keys()
+    others = [k for k in assessment.evidence if k != key]
+    assert others and all(one.heat_tops[k] == two.heat_tops[k] for k in others)
+
+
 def test_a_heatmap_picture_is_strongest_where_the_evidence_is(assessment: Assessment) -> None:
     pictures = ReportPictures(assessment)
     finding = assessment.findings[0]
