@@ -360,7 +360,7 @@ def test_where_nobody_looked_for_lesions_nothing_is_asked() -> None:
     unknown = replace(stack([], [], slices=5), known=torch.tensor([True, True, True, False]))
     assert examination_answers(unknown, TREE) == {}
     given = replace(given, stack=unknown, rationales=())
-    result = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
+    result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert result.units == {"slices": [], "examinations": []} and result.matches == []
     assert examination_answers(stack([{"zone": "zone_pz"}, LESION], [True, True]), TREE) == LESION
 
@@ -392,6 +392,7 @@ def prediction() -> tuple[Prediction, dict[str, np.ndarray]]:
             truth=np.stack([gland, masks["pz"], masks["tz"], lesion]),
             pooled=np.zeros((1, len(CONCEPTS))),
             slices=slices,
+            sequences={},
             similarity=similarity,
             logits=np.zeros((5, 8)),
             stack=given,
@@ -407,7 +408,7 @@ def prediction() -> tuple[Prediction, dict[str, np.ndarray]]:
 
 def test_masks_and_rationale_are_compared_slice_by_slice_and_finding_by_finding() -> None:
     given, masks = prediction()
-    result = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
+    result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert result.slices == 4
     assert result.disagreements == {"mask_only": 1, "rationale_only": 1, "zone": 1}
     assert result.contradicted == [True]  # its own embedding is nearer to the TZ
@@ -415,13 +416,13 @@ def test_masks_and_rationale_are_compared_slice_by_slice_and_finding_by_finding(
     # In the zone that the slice says, there is nothing to disagree on.
     given.slices[2, AT["zone_pz"]] = 2
     given.similarity[AT["zone_pz"]] = 1
-    result = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
+    result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert result.disagreements["zone"] == 0 and result.contradicted == [False]
 
 
 def test_each_method_answers_a_slice_and_the_examination_in_its_own_way() -> None:
     given, masks = prediction()
-    units = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).units
+    units = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).units
     first, second = units["slices"][:2]
     assert [node for node, *_ in first.asked] == ["lesion_presence"]
     assert first.said["retrieval"]["lesion_presence"] == first.said["mask"]["lesion_presence"] == AT["lesion_absent"]
@@ -433,7 +434,7 @@ def test_each_method_answers_a_slice_and_the_examination_in_its_own_way() -> Non
     assert whole.said["retrieval"]["lesion_presence"] == AT["lesion_present"]
     assert whole.said["retrieval"]["zone"] == AT["zone_tz"] and whole.said["mask"]["zone"] == AT["zone_pz"]
     masks["lesions"][:] = 0
-    units = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).units
+    units = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).units
     assert units["slices"][1].said["mask"]["lesion_presence"] == AT["lesion_absent"]
     assert units["slices"][1].said["mask"]["adc_signal"] is None
 
@@ -441,11 +442,13 @@ def test_each_method_answers_a_slice_and_the_examination_in_its_own_way() -> Non
 def test_a_finding_beside_the_lesion_is_no_match_and_a_lesion_is_matched_once() -> None:
     given, masks = prediction()
     masks["lesions"][:, :, 126:] *= 2  # the right 4 of 10 columns are a second finding
-    result = assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
+    result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert len(result.contradicted) == 2 and len(result.matches) == 1
     given, masks = prediction()
     masks["lesions"] = np.roll(masks["lesions"], -15, 2)
-    assert not assess_rationale(given, masks, TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).matches
+    assert not assess_rationale(
+        given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()
+    ).matches
 
 
 # ------------------------------------------------------------------ the whole evaluation
@@ -469,7 +472,8 @@ def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_f
     for source in ("heatmap", "similarity", "gradcam"):
         row = report["evidence"][source]["lesion"]
         assert row["rma"]["value"] is None or 0 <= row["rma"]["value"] <= 1
-        assert row["iou_best"]["value"] >= row["iou_50"]["value"] >= 0
+        every = report["evidence"][source]["findings"]  # which the best thresholds are chosen on
+        assert every["iou_best"]["value"] >= every["iou_50"]["value"] >= 0
     # Heat is max(cos, 0) in this configuration, so the plain similarity map is the same map.
     assert heat["lesion"]["rma"] == report["evidence"]["similarity"]["lesion"]["rma"]
     for level in ("slices", "examinations"):

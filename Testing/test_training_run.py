@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_while_saving_ends_with_the_same_bits_as_one_that_
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(tiny_set)],
-        capture_output=True, text=True, env=environment, timeout=300, check=False,
+        capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300, check=False,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert read_state(tmp_path / "killed" / STATE)["step"] == 2
@@ -124,7 +124,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tiny_set: Path, tmp_path: Pa
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
     for name, launcher in launchers.items():
         command = [sys.executable, *launcher, str(script), str(tmp_path / name), str(tiny_set)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
     one, two = (np.loadtxt(tmp_path / name / "train.csv", delimiter=",", skiprows=1) for name in launchers)
     assert one.shape == two.shape and len(one) == 5
