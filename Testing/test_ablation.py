@@ -53,7 +53,7 @@ def test_the_arms_differ_in_the_constraints_alone() -> None:
 
 
 def test_every_arm_is_measured_alike_and_the_record_says_how(record, config) -> None:
-    assert json.loads((Path(config.out) / METRICS).read_text()) == record
+    assert json.loads((Path(config.out) / METRICS).read_text(encoding="utf-8")) == record
     assert record["command"] == "this" and record["seeds"] == [0, 1] and record["commit"]
     assert record["split"]["examinations"] == 1
     assert list(record["ablation"]) == list(ARMS)

@@ -45,14 +45,14 @@ def test_a_baseline_is_trained_and_measured_by_the_same_commands(
     run = tiny_run(tmp_path / "run", tiny_set, steps=2, save_every=1, baseline="unet", val=str(one), validation_cases=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(run)))))
     assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0, capsys.readouterr().err
-    assert (tmp_path / "run" / "val.csv").read_text().startswith("step,dice_gland")
+    assert (tmp_path / "run" / "val.csv").read_text(encoding="utf-8").startswith("step,dice_gland")
     model, out = tmp_path / "run" / "model", tmp_path / "test"
     assert main(["evaluate", "--model", str(model), "--data", str(one), "--out", str(out)]) == 0
-    report = json.loads((out / "evaluation.json").read_text())
+    report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert report["model"] == "unet" and report["data"]["examinations"] == 1
     assert 0 <= report["metrics"]["dice_gland"]["value"] <= 1 and "lesion_ap" in report["metrics"]
     assert "evidence" not in report and "retrieval" not in report
-    assert "gland Dice" in (out / "evaluation.md").read_text()
+    assert "gland Dice" in (out / "evaluation.md").read_text(encoding="utf-8")
     (model / WEIGHTS).write_bytes(b"nothing")
     assert main(["evaluate", "--model", str(model), "--data", str(one), "--out", str(out)]) == 2
     assert "Expected the weights of a unet" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_predict_writes_all_files_and_sums_them_up(case, tmp_path, capsys):
 
 def test_the_manifest_tells_the_command_line_and_the_time_that_reading_and_loading_took(case, tmp_path):
     assert predict("--case", case, "--out", tmp_path / "o") == 0
-    manifest = json.loads((tmp_path / "o" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "o" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["command_line"] == f"medrationale predict --case {case} --out {tmp_path / 'o'}"
     assert {"read", "load", "total", "write"} <= set(manifest["timings_s"])
 

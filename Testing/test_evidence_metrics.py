@@ -480,7 +480,7 @@ def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_f
         assert set(report["rationale"][level]) == {"retrieval", "mask", "logits"}
         assert report["rationale"][level]["logits"]["overall"]["n"] > 0
     assert 0 <= report["inconsistency"]["slices"]["value"] <= 1
-    text = (tmp_path / "out" / "evaluation.md").read_text()
+    text = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if line.startswith("#")] == text.splitlines()[:1]  # the card demotes it
     for words in ("RMA (Eq. 5)", "pointing game", "gradcam", "adc_signal", "logits", "contradict each other"):
         assert words in text
@@ -488,7 +488,7 @@ def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_f
         path = tmp_path / "out" / name
         ElementTree.parse(path)
         assert 1_000 < path.stat().st_size < 500_000
-    assert "RMA" in (tmp_path / "out" / "evidence_examples.svg").read_text()
+    assert "RMA" in (tmp_path / "out" / "evidence_examples.svg").read_text(encoding="utf-8")
 
 
 def test_the_example_is_the_lesion_with_the_heat_of_its_own_concepts() -> None:

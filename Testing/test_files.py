@@ -16,7 +16,7 @@ from MedRationaleLib.errors import InputError
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
 
 
 def write_run(folder: Path, contents: dict[str, str]) -> None:
@@ -34,7 +34,7 @@ def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path: Path) -> 
         temporary.write_text("half")
         assert not target.exists()
         assert temporary.parent == tmp_path and temporary.name.endswith(".seg.nrrd")
-    assert target.read_text() == "half"
+    assert target.read_text(encoding="utf-8") == "half"
     assert [p.name for p in tmp_path.iterdir()] == ["a.seg.nrrd"]
 
 

@@ -301,18 +301,18 @@ def damage_foreign_config(folder: Path) -> None:
 
 
 def damage_other_format(folder: Path) -> None:
-    data = json.loads((folder / CONFIG).read_text())
+    data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (folder / CONFIG).write_text(json.dumps({**data, "format": 99}))
 
 
 def damage_impossible_sizes(folder: Path) -> None:
-    data = json.loads((folder / CONFIG).read_text())
+    data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     data["model"]["heads"] = 5
     (folder / CONFIG).write_text(json.dumps(data))
 
 
 def damage_wrong_shape(folder: Path) -> None:
-    data = json.loads((folder / CONFIG).read_text())
+    data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     data["model"]["neck_dim"] = 64
     (folder / CONFIG).write_text(json.dumps(data))
 

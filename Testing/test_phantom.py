@@ -49,7 +49,7 @@ def test_it_says_that_it_is_synthetic_also_when_its_files_are_given_one_by_one_o
     assert Study.from_files(t2w=written.t2w).patient["synthetic"] is True
     sitk.WriteImage(sitk.ReadImage(str(written.t2w)), str(tmp_path / "t2w.nrrd"))
     assert Study.from_case(tmp_path).patient["synthetic"] is True
-    assert "NOT A PATIENT" in (written.folder / "README.txt").read_text()
+    assert "NOT A PATIENT" in (written.folder / "README.txt").read_text(encoding="utf-8")
 
 
 def test_an_ordinary_file_is_not_called_synthetic(written, tmp_path):

@@ -260,7 +260,7 @@ def test_prostate158_is_read_by_its_tables(tmp_path: Path) -> None:
     message = refused(Prostate158Reader(folder).cases)
     assert "got 1: incomplete is 021 (no dwi.nii.gz" in message
     table = folder / "prostate158_train/train.csv"
-    table.write_text(table.read_text().replace("t2_anatomy_reader1,", "", 1))
+    table.write_text(table.read_text(encoding="utf-8").replace("t2_anatomy_reader1,", "", 1))
     assert "t2_anatomy_reader1" in refused(Prostate158Reader(folder).cases)
 
 
@@ -307,7 +307,7 @@ def test_a_prepared_examination_is_laid_out_as_a_synthetic_one(
     about = describe_set(picai_set[1])
     assert (about["examinations"], about["split"], about["reader"]) == (2, "train", "picai")
     assert about["picai_labels"], "weights trained on it carry PI-CAI's licence"
-    assert str(picai_set[1].parent) not in (picai_set[1] / "config.json").read_text()
+    assert str(picai_set[1].parent) not in (picai_set[1] / "config.json").read_text(encoding="utf-8")
 
 
 def test_the_crop_is_centred_on_the_gland_and_keeps_its_volume(picai_set: tuple[PicaiReader, Path]) -> None:
@@ -345,7 +345,7 @@ def test_an_interrupted_preparation_goes_on_and_prepares_each_case_once(
     half = tmp_path / "half"
     half.mkdir()
     shutil.copytree(whole / "10006_1000006", half / "10006_1000006")
-    settings = json.loads((whole / "config.json").read_text()) | {"rationales": None}
+    settings = json.loads((whole / "config.json").read_text(encoding="utf-8")) | {"rationales": None}
     (half / "config.json").write_text(json.dumps(settings))
     (half / ".10005_1000005.999").mkdir()  # what a kill leaves behind
     (half / ".10005_1000005.999" / "images.npy").write_bytes(b"half")
@@ -395,7 +395,7 @@ def test_a_mask_on_another_grid_is_left_out_with_a_sentence_and_the_others_go_on
     done = prepare_set(reader, tmp_path / "set")
     assert (done.made, done.total) == (1, 1)
     assert [path.name for path in stored_exams(tmp_path / "set")] == ["10005_1000005"]
-    why = json.loads((tmp_path / "set/refused.json").read_text())
+    why = json.loads((tmp_path / "set/refused.json").read_text(encoding="utf-8"))
     assert set(why) == {"10006_1000006", "10007_1000007"}
     assert "corners up to 2.0 mm apart" in why["10006_1000006"] and "80 x 80 x 14" in why["10006_1000006"]
     assert "40 x 40 x 14" in why["10007_1000007"]
@@ -520,14 +520,16 @@ def test_without_lesion_masks_no_slice_is_said_to_be_healthy(msd_set: Path, tiny
     assert set(map(tuple, (a.items() for a in stack.answers))) == {(("zone", "zone_pz"),), (("zone", "zone_tz"),)}
     assert slice_answers(stack) == [{}] * len(stack.images)
     assert not stack.images[:, 2].any(), "there is no DWI"
-    older = json.loads((stored_exams(tiny_set)[0] / "rationales.json").read_text())
+    older = json.loads((stored_exams(tiny_set)[0] / "rationales.json").read_text(encoding="utf-8"))
     assert "classes" not in older
     assert whole_exam(StoredExam.open(stored_exams(tiny_set)[0])).known.all(), "older sets have all four"
 
 
 def test_unknown_classes_are_part_of_a_damaged_record(msd_set: Path, tmp_path: Path) -> None:
     shutil.copytree(stored_exams(msd_set)[0], tmp_path / "exam")
-    record = json.loads((tmp_path / "exam/rationales.json").read_text()) | {"classes": ["gland", "urethra"]}
+    record = json.loads((tmp_path / "exam/rationales.json").read_text(encoding="utf-8")) | {
+        "classes": ["gland", "urethra"]
+    }
     (tmp_path / "exam/rationales.json").write_text(json.dumps(record))
     assert "urethra" in refused(lambda: StoredExam.open(tmp_path / "exam"))
 

@@ -75,7 +75,7 @@ def test_the_scores_are_written_shown_and_read_for_the_card_of_the_same_weights(
     monkeypatch.setattr(real_cases, "load_checkpoint", lambda model: weights)
     real_cases.write_scores("any", scored, tmp_path / "out")
     path = tmp_path / "out" / "real_cases.json"
-    assert json.loads(path.read_text())["cases"][0]["gland"] == 1.0
+    assert json.loads(path.read_text(encoding="utf-8"))["cases"][0]["gland"] == 1.0
     assert real_cases.table(scored).row_count == 1
     assert real_cases.read_scores(path, "abc") == scored
     assert "| 1.000 | 0.000 |" in real_cases.markdown_table(scored)

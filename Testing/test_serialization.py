@@ -36,25 +36,25 @@ def written(assessment: Assessment, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_schema_is_itself_valid_and_the_written_file_follows_it(written: OutputPaths) -> None:
-    schema = json.loads(resource_path("Schemas/assessment.schema.json").read_text())
+    schema = json.loads(resource_path("Schemas/assessment.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(json.loads(written.assessment.read_text()), schema)
+    jsonschema.validate(json.loads(written.assessment.read_text(encoding="utf-8")), schema)
 
 
 def test_findings_and_steps_have_the_documented_keys(written: OutputPaths) -> None:
-    for finding in json.loads(written.assessment.read_text())["findings"]:
+    for finding in json.loads(written.assessment.read_text(encoding="utf-8"))["findings"]:
         assert PROMISED_KEYS["finding"] <= finding.keys()
         for step in finding["rationale"]:
             assert PROMISED_KEYS["step"] <= step.keys()
 
 
 def test_every_path_in_the_file_exists_and_the_manifest_lists_every_file(written: OutputPaths) -> None:
-    data = json.loads(written.assessment.read_text())
+    data = json.loads(written.assessment.read_text(encoding="utf-8"))
     steps = [step for finding in data["findings"] for step in finding["rationale"]]
     paths = {step["evidence"] for step in steps if step["evidence"]}
     assert paths == set(data["evidence"].values()) and len(paths) == len(written.evidence)
     on_disk = {p.relative_to(written.folder).as_posix() for p in written.folder.rglob("*") if p.is_file()}
-    assert set(json.loads(written.manifest.read_text())["files"]) == on_disk >= paths
+    assert set(json.loads(written.manifest.read_text(encoding="utf-8"))["files"]) == on_disk >= paths
 
 
 def test_a_folder_reads_back_as_the_same_assessment(assessment: Assessment, written: OutputPaths) -> None:
@@ -84,9 +84,9 @@ def test_evidence_files_are_compressed_and_on_the_grid_of_the_t2w(assessment: As
 
 def test_a_loaded_folder_with_its_study_can_be_written_again(assessment: Assessment, tmp_path: Path) -> None:
     first = write_results(assessment, tmp_path)
-    before = json.loads(first.assessment.read_text())
+    before = json.loads(first.assessment.read_text(encoding="utf-8"))
     second = write_results(load_assessment(tmp_path, assessment.study), tmp_path)
-    assert json.loads(second.assessment.read_text()) == before
+    assert json.loads(second.assessment.read_text(encoding="utf-8")) == before
 
 
 def test_a_second_run_with_fewer_findings_leaves_no_evidence_of_the_first(

@@ -262,7 +262,7 @@ def test_a_folder_without_examinations_gives_no_backgrounds(tmp_path: Path) -> N
 
 
 def test_the_settings_of_a_set_are_beside_it(tiny_set: Path) -> None:
-    assert json.loads((tiny_set / "config.json").read_text())["seed"] == 6
+    assert json.loads((tiny_set / "config.json").read_text(encoding="utf-8"))["seed"] == 6
     about = synthetic.describe_set(tiny_set)
     assert about["examinations"] == 3 and not about["picai_labels"]
 

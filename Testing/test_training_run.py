@@ -165,11 +165,11 @@ def test_workers_make_the_same_examples_as_the_process_itself(run: FitConfig, ti
 
 
 def test_a_finished_run_is_not_trained_again_and_its_curve_has_no_row_twice(run: FitConfig) -> None:
-    before = (Path(run.out) / "val.csv").read_text()
+    before = (Path(run.out) / "val.csv").read_text(encoding="utf-8")
     with (Path(run.out) / "val.csv").open("a") as file:
         file.write("9,0.5\n")  # logged after the checkpoint by a run that was then killed
     Trainer(run).fit()
-    assert (Path(run.out) / "val.csv").read_text() == before
+    assert (Path(run.out) / "val.csv").read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     folder = export_run(tmp_path / "on", tmp_path / "model")
     checkpoint = load_checkpoint(model)
     assert load_checkpoint(folder).training["initial"]["sha256"] == checkpoint.sha256
-    card = (folder / "MODEL_CARD.md").read_text()
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert f"an earlier run (6 steps on tiny, SHA-256 {checkpoint.sha256[:12]}" in card
     Trainer(replace(begun, out=str(tmp_path / "further"), initial=str(folder))).fit()
-    card = (export_run(tmp_path / "further", tmp_path / "model2") / "MODEL_CARD.md").read_text()
+    card = (export_run(tmp_path / "further", tmp_path / "model2") / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "Together that is 8 steps." in card
 
 
@@ -324,13 +324,13 @@ def test_the_exported_model_has_the_averaged_weights_and_the_embeddings_of_its_t
 
 
 def test_the_model_folder_says_nothing_about_the_machine(run: FitConfig, model: Path) -> None:
-    text = (model / "config.json").read_text() + (model / "MODEL_CARD.md").read_text()
+    text = (model / "config.json").read_text(encoding="utf-8") + (model / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert str(Path(run.out).parent) not in text
     assert str(Path(run.train[0]).parent) not in text
 
 
 def test_the_card_of_phantoms_claims_no_foreign_licence_and_says_what_it_is_not_for(model: Path) -> None:
-    card = (model / "MODEL_CARD.md").read_text()
+    card = (model / "MODEL_CARD.md").read_text(encoding="utf-8")
     for words in ("not for diagnosis", "trained on synthetic images", "6 steps of 2 stacks", "Not evaluated yet"):
         assert words in card
     assert "CC BY-NC" not in card
@@ -374,7 +374,7 @@ def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_
     run: FitConfig, model: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
     report = evaluate(model, tiny_set, tmp_path / "result")
-    assert report == json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    assert report == json.loads((tmp_path / "result" / "evaluation.json").read_text(encoding="utf-8"))
     assert set(report["metrics"]) == {
         *("dice_gland", "dice_pz", "dice_tz", "dice_lesion", "dice_lesion_smoothed"),
         *("lesion_ap", "case_auroc", "lesion_sensitivity", "false_candidates_per_case"),
@@ -383,12 +383,12 @@ def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_
         row = report["retrieval"][unit]["lesion_presence"]
         assert row["n"] > 3 and 0 < row["majority"] <= 1 and 0 <= row["ci95"][0] <= row["value"] <= row["ci95"][1] <= 1
     assert report["data"] == {"name": "tiny", "split": "train", "seed": 6, "examinations": 3}
-    assert "gland Dice" in (tmp_path / "result" / "evaluation.md").read_text()
+    assert "gland Dice" in (tmp_path / "result" / "evaluation.md").read_text(encoding="utf-8")
     # The model keeps its weights; card and configuration get the figures.
     before = load_checkpoint(model).sha256
     export_run(Path(run.out), model, evaluation=tmp_path / "result" / "evaluation.json")
     assert load_checkpoint(model).sha256 == before
-    assert "gland Dice" in (model / "MODEL_CARD.md").read_text()
+    assert "gland Dice" in (model / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "metrics" in load_checkpoint(model).training["evaluation"]
 
 
@@ -471,7 +471,9 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Pat
     assert main(["resume", "--run", str(moved), "--steps", "3"]) == 0, capsys.readouterr().err
     assert read_state(moved / STATE)["step"] == 3
     assert "KKT conditions at step 3" in capsys.readouterr().out
-    assert json.loads((moved / "run.json").read_text())["history"] == [{"step": 2, "changed": {"steps": [2, 3]}}]
+    assert json.loads((moved / "run.json").read_text(encoding="utf-8"))["history"] == [
+        {"step": 2, "changed": {"steps": [2, 3]}}
+    ]
     assert list((moved / "tensorboard").iterdir())
     assert main(["resume", "--run", str(tmp_path)]) == 2
     assert "Expected a run's settings in" in capsys.readouterr().err
@@ -507,7 +509,7 @@ def test_curves_keep_each_term_in_its_column_whichever_comes_first(tmp_path: Pat
     curves = Curves(tmp_path, 2)
     curves.add("train", 3, {"rationales": 2.0, "dice": 1.0, "focal": 0.0})
     curves.close()
-    rows = (tmp_path / "train.csv").read_text().split()
+    rows = (tmp_path / "train.csv").read_text(encoding="utf-8").split()
     assert rows == ["step,dice,focal,rationales", "1,0.5,0.25,", "2,0.75,0.125,1.0", "3,1.0,0.0,2.0"]
 
 
