@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from MedRationaleLib import __version__
 from MedRationaleLib.assessment import Assessment, Candidate, Finding, SliceRationale
 from MedRationaleLib.concepts import ConceptBank
-from MedRationaleLib.decision_tree import DecisionTree, Node
+from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
 from MedRationaleLib.findings import (
@@ -158,14 +158,16 @@ class Predictor:
         progress: Progress | None = None,
         retrieval: Retrieval = "lesion",
         decision_tree: str | Path = "pirads_v2_1",
+        dce: Dce = "not available",
     ) -> Assessment:
         """Segment, find lesions, and walk the decision tree for each of them.
 
         Args:
-            study: what was read.
+            study: what was read. With "psa_ng_ml" in its patient record, "psa_density_ng_ml2" joins it there.
             progress: told the stage and how much of it is done.
             retrieval: whose embeddings answer the tree's questions.
             decision_tree: a shipped tree's name or a YAML file.
+            dce: what a reader saw of contrast enhancement; it answers wherever the tree asks for it.
         """
         report = progress or (lambda stage, fraction: None)
         tree = DecisionTree.load(decision_tree, self.bank)
@@ -183,7 +185,7 @@ class Predictor:
                 if gland
                 else ()
             )
-            findings = [self._finding(m, masks, prediction, study, tree, retrieval) for m in measured]
+            findings = [self._finding(m, masks, prediction, study, tree, retrieval, dce) for m in measured]
             findings.sort(key=index_first, reverse=True)
             slices = self._slices(study, prediction, tree)
         report("evidence", 0.0)
@@ -197,6 +199,9 @@ class Predictor:
             volumes = {"gland": gland.volume_ml, "ellipsoid": gland.ellipsoid_ml}
         for name, mask in (("pz", masks.pz), ("tz", masks.tz)):
             volumes[name] = float(sitk.GetArrayViewFromImage(mask).sum() * np.prod(mask.GetSpacing()) / 1000)
+        if "psa_ng_ml" in study.patient and volumes["ellipsoid"]:
+            density = round(study.patient["psa_ng_ml"] / volumes["ellipsoid"], 3)
+            study = replace(study, patient={**study.patient, "psa_density_ng_ml2": density})
         return Assessment(
             study=study,
             gland=masks.gland,
@@ -253,26 +258,49 @@ class Predictor:
         return bool((offset > RECENTRE_MM)[beyond | np.array([True, True, False])].any())
 
     def _forward(self, given: ModelInput) -> Prediction:
-        """One crop through the network, together with its mirror image (left-right), whose answer is averaged in."""
+        """One crop through the network, together with its mirror image (left-right), whose answer is averaged in.
+
+        Where the GPU's memory does not suffice for both at once they go one after the other, then on the CPU.
+        """
+        import torch
+
+        images = torch.from_numpy(given.images)
+        pair = torch.stack([images, images.flip(-1)])
+        for views in (pair.split(2), pair.split(1)):
+            try:
+                answers = [answer for view in views for answer in self._ask(view)]
+                break
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                logger.warning("the memory of %s does not suffice for %d stack(s) at once", self.device, len(views[0]))
+        else:
+            logger.warning("the model goes on on the CPU, which takes longer")
+            self.device = "cpu"
+            self.model.to(self.device)
+            answers = self._ask(pair)
+        (probabilities, similarity), (mirrored_probabilities, mirrored_similarity) = answers
+        probabilities = (probabilities + mirrored_probabilities.flip(-1)) / 2
+        similarity = (similarity + mirrored_similarity.flip(-1)) / 2
+        return Prediction(
+            grid=given.grid,
+            probabilities=probabilities.permute(1, 0, 2, 3).numpy(),
+            similarity=similarity.numpy(),
+            slice_similarity=similarity.mean((2, 3)).T.numpy(),
+        )
+
+    def _ask(self, stacks: Any) -> list[tuple[Any, Any]]:
+        """(B, S, 3, H, W) -> of each stack probabilities (S, 4, h, w) and similarities (K, S, h', w') on the CPU."""
         import torch
 
         from MedRationaleLib.model.precision import autocast
 
-        images = torch.from_numpy(given.images)
-        pair = torch.stack([images, images.flip(-1)]).to(self.device)
         with torch.inference_mode(), autocast(self.device):
-            output = self.model(pair)
+            output = self.model(stacks.to(self.device))
         concepts = self.model.concept_embeddings
-        straight, mirrored = (output.similarity(i, concepts) for i in (0, 1))
-        similarity = (straight + mirrored.flip(-1)) / 2
-        probabilities = output.mask_logits.float().sigmoid()
-        probabilities = (probabilities[0] + probabilities[1].flip(-1)) / 2
-        return Prediction(
-            grid=given.grid,
-            probabilities=probabilities.permute(1, 0, 2, 3).float().cpu().numpy(),
-            similarity=similarity.float().cpu().numpy(),
-            slice_similarity=similarity.mean((2, 3)).T.float().cpu().numpy(),
-        )
+        return [
+            (logits.float().sigmoid().cpu(), output.similarity(index, concepts).float().cpu())
+            for index, logits in enumerate(output.mask_logits)
+        ]
 
     # ------------------------------------------------------------ findings
 
@@ -284,6 +312,7 @@ class Predictor:
         study: Study,
         tree: DecisionTree,
         retrieval: Retrieval,
+        dce: Dce,
     ) -> Finding:
         weights = prediction.grid.from_reference(
             sitk.Cast(masks.lesions == lesion.label, sitk.sitkFloat32), pixels=prediction.similarity.shape[-1]
@@ -294,7 +323,7 @@ class Predictor:
         else:
             values = region_similarity(prediction.similarity, weights)
         similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
-        answering = LesionAnswers(lesion, similarity, tree, missing=study.missing)
+        answering = LesionAnswers(lesion, similarity, tree, missing=study.missing, dce=dce)
         walk = tree.walk(answering)
         return Finding(
             id=f"lesion-{lesion.label}",

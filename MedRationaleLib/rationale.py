@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from MedRationaleLib.assessment import Candidate, RationaleStep, Source
-from MedRationaleLib.decision_tree import DecisionTree, Node
+from MedRationaleLib.decision_tree import DCE_CONCEPTS, Dce, DecisionTree, Node
 from MedRationaleLib.evidence import rank
 from MedRationaleLib.findings import LesionMeasurement
 
@@ -25,12 +25,14 @@ class LesionAnswers:
         tree: DecisionTree,
         *,
         missing: Collection[str] = (),
+        dce: Dce = "not available",
     ) -> None:
-        """`similarity`: concept id -> cosine similarity with the lesion; `missing`: sequences that the Study lacks."""
+        """`similarity`: concept id -> cosine similarity with the lesion; `missing`: sequences that the Study lacks;
+        `dce`: what a reader saw of contrast enhancement."""
         self.steps: list[RationaleStep] = []
         self.contradictions: list[str] = []
         self._lesion, self._similarity, self._tree = lesion, similarity, tree
-        self._bank, self._missing = tree.bank, set(missing)
+        self._bank, self._missing, self._reader = tree.bank, set(missing), {"dce": DCE_CONCEPTS[dce]}
 
     def __call__(self, node: Node, candidates: tuple[str, ...], so_far: Mapping[str, str]) -> str:
         lesion, ranked = self._lesion, rank(candidates, self._similarity)
@@ -38,7 +40,7 @@ class LesionAnswers:
         source: Source = "model"
         measurement = None
         if node.answered_by == "reader":
-            retrieved, concept, source = None, node.default or candidates[-1], "reader"
+            retrieved, concept, source = None, self._reader.get(node.id, node.default or candidates[-1]), "reader"
         elif node.id == "zone":
             concept = next(c for c, zone in self._tree.zones.items() if zone == lesion.zone)
             source, measurement = "measured", f"{100 * lesion.zone_fraction:.0f} % of the lesion in the {lesion.zone}"

@@ -49,6 +49,7 @@ SUSPICION = {
     5: "clinically significant cancer is highly likely",
 }
 """PI-RADS v2.1's wording of its categories."""
+PSA_LABELS = {"psa_ng_ml": "PSA (ng/ml)", "psa_density_ng_ml2": "PSA density (ng/ml²)"}
 ZONE_NAMES = {"PZ": "peripheral zone", "TZ": "transition zone"}
 CLOSE = 0.05
 """A lead in cosine similarity below which an answer is called nearly a tie."""
@@ -268,6 +269,8 @@ def _one_line(value: Any) -> str:
 
 def _label(key: str) -> str:
     """ "study_date" -> "Study date", with units and abbreviations as people write them."""
+    if key in PSA_LABELS:
+        return PSA_LABELS[key]
     words = [
         {"uid": "UID", "id": "ID", "psa": "PSA", "ml": "(ml)", "mm": "(mm)", "s": "(s)", "t": "(T)"}.get(word, word)
         for word in str(key).split("_")
