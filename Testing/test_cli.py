@@ -34,22 +34,25 @@ WRITTEN = {"assessment.json", "segmentation.seg.nrrd", "report.html", "manifest.
 class FakePredictor:
     """Two drawn findings for whatever it is given; remembers how it was asked, and fails if it is told to."""
 
+    answers = (PZ_ANSWERS, TZ_ANSWERS)
+
     def __init__(self, fault: BaseException | None = None) -> None:
         self.fault = fault
         self.asked = SimpleNamespace()
+        self.checkpoint, self.postprocessing = SimpleNamespace(sha256="0" * 64), None
 
     def load(self, name: str, *, device: str) -> FakePredictor:
         self.asked.model, self.asked.device = name, device
         return self
 
-    def assess(self, study, *, progress, retrieval, decision_tree):
-        self.asked.study, self.asked.retrieval, self.asked.tree = study, retrieval, decision_tree
+    def assess(self, study, *, progress, retrieval, decision_tree, dce="not available"):
+        self.asked.study, self.asked.retrieval, self.asked.tree, self.asked.dce = study, retrieval, decision_tree, dce
         for stage in ("model", "masks", "findings", "evidence"):
             progress(stage, 0.0)
             progress(stage, 1.0)
         if self.fault is not None:
             raise self.fault
-        return assess_by_hand(study, drawn_masks(study.t2w), (PZ_ANSWERS, TZ_ANSWERS))
+        return assess_by_hand(study, drawn_masks(study.t2w), self.answers)
 
 
 @pytest.fixture
@@ -114,6 +117,17 @@ def test_files_are_read_with_their_b_value_and_the_options_reach_the_model(case,
     asked = predictor.asked
     assert asked.study.provenance["dwi"].b_value == 1400 and asked.study.warnings == ()
     assert (asked.model, asked.device, asked.retrieval, asked.tree) == ("other", "cpu", "slice", "paper_appendix_c")
+
+
+def test_psa_joins_the_patient_and_the_readers_dce_reaches_the_model(case, tmp_path):
+    predictor, out = FakePredictor(), tmp_path / "o"
+    assert predict("--case", case, "--psa", "7.5", "--dce", "positive", "--out", out, predictor=predictor) == 0
+    assert predictor.asked.dce == "positive" and predictor.asked.study.patient == {
+        "id": "10", "study_id": "11", "psa_ng_ml": 7.5,
+    }  # fmt: skip
+    assert load_assessment(out).study.patient["psa_ng_ml"] == 7.5
+    assert predict("--case", case, "--out", out, predictor=predictor) == 0
+    assert predictor.asked.dce == "not available" and "psa_ng_ml" not in predictor.asked.study.patient
 
 
 def test_a_file_named_beside_a_case_folder_takes_the_place_of_the_one_in_it(case, tmp_path):
@@ -240,6 +254,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "case and dicom": (lambda t: ["--case", t, "--dicom", t], "not allowed with"),
     "b-value with dicom": (lambda t: ["--dicom", t, "--b-value", "800"], "--b-value"),
     "b-value of zero": (lambda t: ["--case", t, "--b-value", "0"], "expected a number above 0"),
+    "PSA of nothing": (lambda t: ["--case", t, "--psa", "high"], "--psa: expected a number above 0, got 'high'"),
+    "unknown DCE": (lambda t: ["--case", t, "--dce", "maybe"], "--dce"),
     "unknown device": (lambda t: ["--case", t, "--device", "tpu"], "--device"),
     "unknown option": (lambda t: ["--case", t, "--colour"], "--colour"),
     "missing file": (lambda t: ["--t2w", t / "nothing.mha"], "does not exist"),
@@ -400,7 +416,7 @@ except SystemExit as end:
     run = _python("-c", script)
     assert run.returncode == 0, run.stderr
     text = " ".join(run.stdout.split())
-    assert all(name in text for name in ("predict", "phantom", "doctor", "does not diagnose", "Exit codes"))
+    assert all(name in text for name in ("predict", "batch", "phantom", "doctor", "does not diagnose", "Exit codes"))
 
 
 def test_help_of_predict_lists_every_option(capsys):
@@ -409,11 +425,13 @@ def test_help_of_predict_lists_every_option(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     options = ["t2w", "adc", "dwi", "case", "dicom", "out", "model", "device", "b-value", "retrieval", "decision-tree"]
-    assert [option for option in (*options, "quiet", "profile", "debug") if f"--{option}" not in text] == []
+    assert [
+        option for option in (*options, "psa", "dce", "quiet", "profile", "debug") if f"--{option}" not in text
+    ] == []
 
 
 def test_a_wrong_command_line_is_one_sentence(capsys):
-    for argv in ([], ["predcit"], ["predict"], ["phantom", "--out", "x", "--seed", "-1"]):
+    for argv in ([], ["predcit"], ["predict"], ["batch", "--input", "x"], ["phantom", "--out", "x", "--seed", "-1"]):
         assert main(argv) == 2
         assert "--help" in sentence(capsys.readouterr().err)
 
