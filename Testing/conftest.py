@@ -6,6 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from slicer_fixtures import (  # noqa: F401  found here by pytest
+    dialogs,
+    needs_gl,
+    new_nodes,
+    offscreen_views,
+    open_panel,
+    scene,
+    slicer_app,
+    slot_errors,
+    torch_extension,
+    vtk_messages,
+    wait_until,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "Training", ROOT):
