@@ -13,7 +13,7 @@ DEMO := build/demo
 # Threads that spin while they wait make torch many times slower when anything else uses the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint tables bench-train clean
+.PHONY: install demo test lint tables bench-train bench-scene screenshots clean
 
 install: $(STAMP)
 
@@ -55,6 +55,14 @@ tables: install
 # The loader against the training step, and the step against the same with segment_anything's own attention.
 bench-train: install
 	$(BIN)/medrationale-train speed --config Training/configs/compact.yaml
+
+# The panel's times: bringing results into the scene, switching heatmaps, and how long its window is blocked.
+bench-scene: install
+	$(BIN)/python Testing/bench_scene.py
+
+# The README's pictures of the panel; needs GL for off-screen drawing.
+screenshots: install
+	$(BIN)/python Testing/screenshots.py
 
 # Leaves $(VENV) alone: it takes minutes to make; remove it by hand.
 clean:

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from MedRationaleLib.assessment import Candidate, RationaleStep, Source
+from MedRationaleLib.assessment import Candidate, Finding, RationaleStep, Source
 from MedRationaleLib.decision_tree import Answer, DecisionTree, Node, Walk
 from MedRationaleLib.errors import InputError
 
 _SOURCES: dict[str, Source] = {"retrieval": "model", "measurement": "measured", "reader": "reader"}
+
+
+class MissingAnswer(InputError):
+    """An override leads to a question that has no answer yet."""
+
+    def __init__(self, node: Node, candidates: tuple[str, ...], got: str | None) -> None:
+        super().__init__(
+            f"Expected an answer to '{node.id}' ({node.question}), which this override makes necessary, got "
+            f"{got or 'none'}; override it as well with one of {', '.join(candidates)}."
+        )
+        self.node, self.candidates = node, candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +44,8 @@ def override(
     """Walk ``tree`` again with the answers of ``rationale``, changed by ``overrides`` (node id -> concept id).
 
     A question that the old path did not ask, or whose old answer is impossible on the new one, is answered by the most
-    similar remaining candidate of the old step, else by the node's default, else by ``answer``. To combine or undo
+    similar remaining candidate of the old step, else by the node's default, else by ``answer``; MissingAnswer is raised
+    where nobody answers. To combine or undo
     overrides without losing steps, keep the model's rationale and pass all the overrides that hold.
     """
     for node in overrides:
@@ -58,10 +70,7 @@ def override(
             if concept is None and answer is not None:
                 concept = answer(node, candidates, so_far)
             if concept is None or concept not in candidates:
-                raise InputError(
-                    f"Expected an answer to '{node.id}' ({node.question}), which this override makes necessary, got "
-                    f"{concept or 'none'}; override it as well with one of {', '.join(candidates)}."
-                )
+                raise MissingAnswer(node, candidates, concept)
             step = RationaleStep(
                 node=node.id,
                 concept=concept,
@@ -77,6 +86,27 @@ def override(
     walk = tree.walk(answer_again)
     not_asked = tuple(node for node in overrides if node not in walk.answers)
     return Rewalk(rationale=tuple(steps), walk=walk, not_asked=not_asked)
+
+
+def override_finding(tree: DecisionTree, finding: Finding, overrides: Mapping[str, str]) -> Finding:
+    """The finding with its rationale walked again; without overrides it is `finding` itself, so that is how to undo.
+
+    `finding` is the model's; `overrides` are all that hold. A contradiction that the reader has decided is left out.
+    """
+    if not overrides:
+        return finding
+    again = override(tree, finding.rationale, overrides)
+    decided = tuple(tree.nodes[step.node].question for step in again.rationale if step.source == "reader")
+    return replace(
+        finding,
+        rationale=again.rationale,
+        zone=tree.zone(again.walk.answers) or finding.zone,
+        t2w_score=again.walk.t2w_score,
+        dwi_score=again.walk.dwi_score,
+        dce=again.walk.dce,
+        pirads=again.walk.pirads,
+        contradictions=tuple(c for c in finding.contradictions if not c.startswith(decided)),
+    )
 
 
 def _kept(step: RationaleStep | None, candidates: tuple[str, ...], tree: DecisionTree) -> RationaleStep | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PurePath
 from types import SimpleNamespace
@@ -52,10 +52,6 @@ def evidence_path(key: str) -> str:
 def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
     """The Assessment as plain JSON values; images become paths relative to the output folder."""
     study = assessment.study
-    findings = [
-        replace(finding, rationale=tuple(_step_for_file(step, assessment) for step in finding.rationale))
-        for finding in assessment.findings
-    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "study": {
@@ -65,7 +61,7 @@ def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
             "warnings": plain(study.warnings),
         },
         "decision_tree": assessment.decision_tree,
-        "findings": plain(findings),
+        "findings": findings_to_list(assessment.findings, assessment.evidence),
         "volumes_ml": plain(assessment.volumes_ml),
         "evidence_resolution_mm": plain(assessment.evidence_resolution_mm),
         "evidence": {key: evidence_path(key) for key in assessment.evidence},
@@ -74,6 +70,17 @@ def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
         "manifest": MANIFEST,
         "warnings": plain(assessment.warnings),
     }
+
+
+def findings_to_list(findings: Iterable[Finding], evidence: Container[str]) -> list[dict[str, Any]]:
+    """As in assessment.json, where a step names its heatmap's file; `evidence` holds the concepts that have one."""
+    rows = []
+    for finding in findings:
+        shown = [step.evidence if step.evidence in evidence else None for step in finding.rationale]
+        paths = [evidence_path(concept) if concept else None for concept in shown]
+        steps = (replace(step, evidence=path) for step, path in zip(finding.rationale, paths, strict=True))
+        rows.append(plain(replace(finding, rationale=tuple(steps))))
+    return rows
 
 
 def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
@@ -91,8 +98,7 @@ def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
             f"Expected the segments {', '.join(absent)} in {folder / data['segmentation']}, which are missing: "
             "take the file that belongs to this assessment.json."
         )
-    key_of = {path: key for key, path in data["evidence"].items()}
-    findings = tuple(_finding(row, key_of) for row in data["findings"])
+    findings = findings_of(data)
     lesions = np.zeros(sitk.GetArrayViewFromImage(masks["gland"]).shape, np.uint8)
     for finding in findings:
         lesions[sitk.GetArrayViewFromImage(masks[finding.id]) > 0] = finding.label
@@ -112,12 +118,23 @@ def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
         findings=findings,
         evidence={key: read_nrrd(folder / path) for key, path in data["evidence"].items()},
         evidence_resolution_mm=data["evidence_resolution_mm"],
-        slices=tuple(_slice(row) for row in data["slices"]),
+        slices=slices_of(data),
         volumes_ml=data["volumes_ml"],
         decision_tree=data["decision_tree"],
         warnings=tuple(data["warnings"]),
         manifest={k: v for k, v in read_json(folder / data["manifest"]).items() if k not in ("generator", "files")},
     )
+
+
+def findings_of(data: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """The findings in the content of an assessment.json."""
+    key_of = {path: key for key, path in data["evidence"].items()}
+    return tuple(_finding(row, key_of) for row in data["findings"])
+
+
+def slices_of(data: Mapping[str, Any]) -> tuple[SliceRationale, ...]:
+    """What the model says of each slice, in the content of an assessment.json."""
+    return tuple(_slice(row) for row in data["slices"])
 
 
 def validate(data: Any, name: str) -> None:
@@ -163,10 +180,6 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return value.as_posix() if isinstance(value, PurePath) else str(value)
-
-
-def _step_for_file(step: RationaleStep, assessment: Assessment) -> RationaleStep:
-    return replace(step, evidence=evidence_path(step.evidence) if step.evidence in assessment.evidence else None)
 
 
 def _finding(row: dict[str, Any], key_of: dict[str, str]) -> Finding:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from MedRationaleLib.assessment import Candidate, RationaleStep
+from MedRationaleLib.assessment import Candidate, Finding, RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.override import override
+from MedRationaleLib.override import MissingAnswer, override, override_finding
 
 ANSWERS = {
     "lesion_presence": "lesion_present",
@@ -155,3 +155,37 @@ def test_an_override_that_the_path_does_not_ask_for_is_named(tree, rationale):
 def test_an_impossible_override_is_refused(tree, rationale, overrides, words):
     with pytest.raises(InputError, match=words):
         override(tree, rationale, overrides)
+
+
+@pytest.fixture
+def finding(tree, rationale) -> Finding:
+    return Finding(
+        id="lesion-1", label=1, zone="TZ", sector="right transition zone", size_mm=12.4, volume_ml=0.8,
+        center_mm=(0.0, 0.0, 0.0), likelihood=0.6, t2w_score=2, dwi_score=1, dce="not available", pirads=2,
+        rationale=rationale,
+        contradictions=(f"{tree.nodes['t2w_signal'].question} Dark, but bright.", "Something else."),
+    )  # fmt: skip
+
+
+def test_a_finding_without_overrides_is_itself(tree, finding):
+    assert override_finding(tree, finding, {}) is finding
+
+
+def test_an_override_gives_the_finding_its_new_scores_and_settles_its_contradiction(tree, finding):
+    changed = override_finding(tree, finding, {"t2w_signal": "t2w_marked_hypointense", "margin": "non_circumscribed"})
+    walk = tree.walk_answers(ANSWERS | {"t2w_signal": "t2w_marked_hypointense", "margin": "non_circumscribed"})
+    assert (changed.t2w_score, changed.dwi_score, changed.pirads) == (walk.t2w_score, walk.dwi_score, walk.pirads)
+    assert changed.pirads > finding.pirads
+    assert changed.contradictions == ("Something else.",)
+    assert changed.size_mm == finding.size_mm
+
+
+def test_the_zone_of_a_finding_can_be_overridden(tree, finding):
+    assert override_finding(tree, finding, {"zone": "zone_pz"}).zone == "PZ"
+
+
+def test_a_question_without_an_answer_is_handed_to_the_caller(tree, finding):
+    with pytest.raises(MissingAnswer) as raised:
+        override_finding(tree, finding, {"adc_signal": "adc_marked_hypointense"})
+    assert raised.value.node.id == "diffusion_pattern"
+    assert raised.value.candidates == tree.nodes["diffusion_pattern"].candidates("TZ")
