@@ -7,10 +7,10 @@ import re
 
 def explain(error: Exception) -> tuple[str, int]:
     """(sentence, exit code) for an error that is no InputError."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
-            "out of memory: the examination needs more than there is; close other programmes, or use --device cpu "
-            "where a GPU ran out; nothing was left behind.",
+            "out of memory: the examination needs more than there is; close other programmes, or choose the "
+            "device cpu where a GPU ran out; nothing was left behind.",
             1,
         )
     if isinstance(error, ImportError):
@@ -18,13 +18,13 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename:
         return f"Expected access to {error.filename}, got '{error.strerror}'; check the path and its permissions.", 2
     return (
-        f"this is a fault of the programme, not yours ({type(error).__name__}: {error}); run the command again with "
-        "--debug and please report what it prints.",
+        f"this is a fault of the programme, not yours ({type(error).__name__}: {error}); please report it with the "
+        "log, which the command line prints with --debug.",
         1,
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """torch says it by a class on the GPU and by a sentence on the CPU, ITK by a sentence."""
     words = r"out of memory|can't allocate memory|not enough memory|failed to allocate memory|bad_alloc"
     return (

@@ -22,6 +22,7 @@ from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
+from MedRationaleLib.failures import is_out_of_memory
 from MedRationaleLib.findings import (
     DIFFUSION,
     LesionMeasurement,
@@ -140,7 +141,7 @@ class Predictor:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(
-                f"Expected a usable device, got '{device}' ({str(error).splitlines()[0]}); choose --device cpu."
+                f"Expected a usable device, got '{device}' ({str(error).splitlines()[0]}); choose the device cpu."
             ) from error
         checkpoint = load_checkpoint(name_or_path, device=device)
         try:
@@ -270,7 +271,9 @@ class Predictor:
             try:
                 answers = [answer for view in views for answer in self._ask(view)]
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; Apple's GPUs raise no class of their own
+                if not is_out_of_memory(error):
+                    raise
                 torch.cuda.empty_cache()
                 logger.warning("the memory of %s does not suffice for %d stack(s) at once", self.device, len(views[0]))
         else:

@@ -373,7 +373,7 @@ sys.exit(predict("--case", sys.argv[1], "--out", sys.argv[2]))
             "out of memory",
         ),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "out of memory"),
-        (KeyError("gland"), 1, r"fault of the programme.*KeyError.*--debug.*report"),
+        (KeyError("gland"), 1, r"fault of the programme.*KeyError.*report.*--debug"),
         (RuntimeError("two\nlines"), 1, "RuntimeError: two lines"),
         (ImportError("No module named 'x'"), 1, "medrationale doctor"),
         (PermissionError(13, "Permission denied", "secret.mha"), 2, "secret.mha"),

@@ -319,3 +319,87 @@ def test_the_real_lesion_is_among_the_findings(prostatex_assessed, shared_data):
     lesion = sitk.ReadImage(str(shared_data / "prostatex-0000" / "lesion.nii.gz")) > 0
     hits = [f for f in prostatex_assessed.findings if dice(prostatex_assessed.lesions == f.label, lesion) > 0.1]
     assert hits and hits[0].zone == "PZ"
+
+
+def copy_of(predictor):
+    """With a device of its own, so that a test may change it."""
+    return Predictor(predictor.checkpoint, predictor.device, predictor.postprocessing)
+
+
+def test_where_memory_holds_one_stack_only_they_go_one_after_the_other(
+    predictor, phantom, assessed, monkeypatch, caplog
+):
+    import torch
+
+    small, asked = copy_of(predictor), []
+    real = small._ask
+
+    def ask(stacks):
+        asked.append(len(stacks))
+        if len(stacks) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(stacks)
+
+    monkeypatch.setattr(small, "_ask", ask)
+    assessment = small.assess(phantom)
+    assert set(zip(asked[::3], asked[1::3], asked[2::3], strict=True)) == {(2, 1, 1)}
+    assert_same(assessed, assessment)
+    assert dice(assessed.gland, assessment.gland) > 0.999 and small.device == "cpu"
+    assert "the memory of cpu does not suffice for 2 stack(s) at once" in caplog.text
+
+
+def test_where_the_gpu_has_no_memory_at_all_the_cpu_goes_on_and_says_so(predictor, phantom, assessed, caplog):
+    import torch
+
+    gpu = copy_of(predictor)
+    gpu.device, real, asked = "cuda", gpu._ask, []
+
+    def ask(stacks):
+        asked.append((gpu.device, len(stacks)))
+        if gpu.device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(stacks)
+
+    gpu._ask = ask
+    assessment = gpu.assess(phantom)
+    assert asked[:3] == [("cuda", 2), ("cuda", 1), ("cpu", 2)] and set(asked[3:]) <= {("cpu", 2)}
+    assert_same(assessed, assessment)
+    assert assessment.manifest["device"] == "cpu"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings[-1] == "the model goes on on the CPU, which takes longer"
+
+
+def test_memory_that_runs_out_on_the_cpu_too_ends_the_run(predictor, phantom, monkeypatch):
+    small = copy_of(predictor)
+
+    def ask(stacks):
+        raise MemoryError
+
+    monkeypatch.setattr(small, "_ask", ask)
+    with pytest.raises(MemoryError):
+        small.assess(phantom)
+
+
+@pytest.fixture(scope="module")
+def told(predictor, phantom):
+    """Assessed with what a reader tells."""
+    study = replace(phantom, patient={**phantom.patient, "psa_ng_ml": 6.0})
+    return predictor.assess(study, dce="positive")
+
+
+def test_what_a_reader_saw_of_contrast_enhancement_answers_wherever_it_is_asked(assessed, told):
+    tree = DecisionTree.load(told.decision_tree)
+    for finding, before in zip(told.findings, assessed.findings, strict=True):
+        for step in (step for step in finding.rationale if step.node == "dce"):
+            assert (step.concept, step.source) == ("dce_positive", "reader")
+        asked = any(step.node == "dce" for step in finding.rationale)
+        assert finding.dce == ("positive" if asked else before.dce)
+        scores = tree.scores({step.node: step.concept for step in finding.rationale})
+        assert scores.pirads == finding.pirads >= before.pirads
+
+
+def test_with_psa_the_record_has_its_density_by_the_ellipsoids_volume(assessed, told):
+    record = told.study.patient
+    assert record["psa_density_ng_ml2"] == pytest.approx(6.0 / told.volumes_ml["ellipsoid"], abs=0.0005)
+    assert record["psa_ng_ml"] == 6.0 and told.volumes_ml == assessed.volumes_ml
+    assert "psa_density_ng_ml2" not in assessed.study.patient

@@ -144,3 +144,20 @@ def test_a_signal_that_the_image_does_not_show_is_a_contradiction(concept, lesio
     if contradicts:
         assert contradicts in found[0] and "mean 7, median 18" in found[0]
         assert not signal_contradictions([replace(step, source="reader")], tree, {"dwi": (lesion, 18.0)})
+
+
+@pytest.mark.parametrize(
+    ("dce", "pirads"), [("positive", 4), ("negative", 3), ("not available", 3)], ids=lambda value: str(value)
+)
+def test_contrast_enhancement_is_what_the_reader_says_and_decides_a_dwi_score_of_3_in_the_pz(dce, pirads):
+    answers = LesionAnswers(lesion(), similarity(dwi_marked_hyperintense=0.1, dwi_mild_hyperintense=0.7), TREE, dce=dce)
+    result = TREE.walk(answers)
+    step = next(s for s in answers.steps if s.node == "dce")
+    assert (result.dwi_score, result.dce, result.pirads) == (3, dce, pirads)
+    assert (step.concept, step.source, step.similarity) == (f"dce_{dce.replace(' ', '_')}", "reader", None)
+
+
+def test_where_contrast_enhancement_decides_nothing_it_is_not_asked():
+    answers = LesionAnswers(lesion(), similarity(), TREE, dce="positive")
+    assert TREE.walk(answers).pirads == 4
+    assert "dce" not in {step.node for step in answers.steps}

@@ -1,0 +1,452 @@
+"""MedRationale in 3D Slicer: prostate MRI in, findings with their reasons and evidence out."""
+
+import importlib.util
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import qt
+import slicer
+import vtk
+from slicer import vtkMRMLScalarVolumeNode, vtkMRMLTextNode
+from slicer.i18n import tr as _
+from slicer.i18n import translate
+from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
+from slicer.ScriptedLoadableModule import (
+    ScriptedLoadableModule,
+    ScriptedLoadableModuleLogic,
+    ScriptedLoadableModuleTest,
+    ScriptedLoadableModuleWidget,
+)
+from slicer.util import VTKObservationMixin
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("MedRationaleLib") is None:
+    sys.path.append(str(REPOSITORY))  # run from a source tree: Slicer adds this module's own folder only
+if importlib.util.find_spec("MedRationaleSlicer") is None:
+    sys.path.append(str(Path(__file__).resolve().parent))
+
+from MedRationaleSlicer import exporting, inputs, installation, sample_data, views  # noqa: E402
+from MedRationaleSlicer.results import Results  # noqa: E402
+from MedRationaleSlicer.results_panel import ResultsPanel  # noqa: E402
+from MedRationaleSlicer.run import AssessTask, ReadTask, Request, Task  # noqa: E402
+
+from MedRationaleLib.resources import resource_path  # noqa: E402
+
+SECONDS = {"cpu": 8.0}
+"""A run of the shipped model on two CPU cores, imports included; other devices tell after their first run."""
+
+
+class MedRationale(ScriptedLoadableModule):
+    """What Slicer lists."""
+
+    def __init__(self, parent: Any) -> None:
+        ScriptedLoadableModule.__init__(self, parent)
+        self.parent.title = _("MedRationale")
+        self.parent.categories = [translate("qSlicerAbstractCoreModule", "Prostate")]
+        self.parent.dependencies = ["Segmentations", "Volumes", "SubjectHierarchy", "Tables", "Texts"]
+        self.parent.contributors = ["The MedRationale authors"]
+        self.parent.helpText = _(
+            "Segments prostate, zones and lesions in T2W, ADC and DWI, and says for each lesion why, in the words of "
+            "PI-RADS v2.1, and shows where. It assists a reader; it does not diagnose. Choose the three volumes, press "
+            "Apply, then select a lesion, and a step of its rationale."
+        )
+        self.parent.acknowledgementText = _(
+            "The method is that of Ma et al., Why Is There a Tumor?: Tell Me the Reason, Show Me the Evidence, ICML "
+            "2025. The shipped model was trained on synthetic images made from label maps of the PI-CAI challenge."
+        )
+        slicer.app.connect("startupCompleted()", sample_data.register)
+
+
+@parameterNodeWrapper
+class MedRationaleParameterNode:
+    """The panel's state, saved with the scene."""
+
+    t2w: vtkMRMLScalarVolumeNode
+    adc: vtkMRMLScalarVolumeNode
+    dwi: vtkMRMLScalarVolumeNode
+    results: vtkMRMLTextNode
+    psa: Annotated[float, WithinRange(0, 5000)] = 0.0
+    dce: str = "not available"
+    model: str = "compact"
+    device: str = "auto"
+    showHeatmap: bool = True
+    opacity: Annotated[float, WithinRange(0, 1)] = 0.6
+    threshold: Annotated[float, WithinRange(0, 1)] = 0.4
+    finding: str = ""
+    step: str = ""
+
+
+class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
+    """The panel."""
+
+    def __init__(self, parent: Any = None) -> None:
+        ScriptedLoadableModuleWidget.__init__(self, parent)
+        VTKObservationMixin.__init__(self)
+        self.logic: Any = None
+        self._parameterNode: Any = None
+        self._guiTag: Any = None
+        self._task: Task | None = None
+        self._started = 0.0
+
+    # ------------------------------------------------------------ set up and take down
+
+    def setup(self) -> None:
+        """Build the panel."""
+        ScriptedLoadableModuleWidget.setup(self)
+        widget = slicer.util.loadUI(self.resourcePath("UI/MedRationale.ui"))
+        self.layout.addWidget(widget)
+        self.ui = slicer.util.childWidgetVariables(widget)
+        widget.setMRMLScene(slicer.mrmlScene)
+        self.logic = MedRationaleLogic()
+        self.results = ResultsPanel(self.ui)
+        models = resource_path("Models")  # in a source tree beside the library, inside it where it is installed
+        for name in sorted(path.name for path in models.glob("*") if (path / "config.json").is_file()):
+            self.ui.modelComboBox.addItem(name)
+        for button, slot in (
+            (self.ui.applyButton, self.onApply),
+            (self.ui.suggestButton, self.onSuggest),
+            (self.ui.loadFolderButton, self.onLoadFolder),
+            (self.ui.modelFolderButton, self.onModelFolder),
+            (self.ui.installButton, self.onInstall),
+            (self.ui.exportButton, self.onExport),
+        ):
+            button.connect("clicked(bool)", slot)
+        for box, parameter in self._choices().items():
+            box.connect("currentTextChanged(QString)", lambda text, name=parameter: self._chosen(name, text))
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndClose)
+        self.initializeParameterNode()
+
+    def cleanup(self) -> None:
+        """The panel goes: so does what runs."""
+        self._cancel()
+        self.setParameterNode(None)
+        self.removeObservers()
+
+    def enter(self) -> None:
+        """The panel is shown."""
+        self.initializeParameterNode()
+
+    def exit(self) -> None:
+        """Another module is shown; a run goes on."""
+
+    def onReload(self) -> None:
+        """Reload the packages too: what is forgotten here, the module imports anew."""
+        self._cancel()
+        for name in [n for n in sys.modules if n.split(".")[0] in ("MedRationaleSlicer", "MedRationaleLib")]:
+            del sys.modules[name]
+        ScriptedLoadableModuleWidget.onReload(self)
+
+    def onSceneStartClose(self, caller: Any = None, event: Any = None) -> None:
+        """The scene goes: so does what runs for it."""
+        self._cancel()
+        self.setParameterNode(None)
+
+    def onSceneEndClose(self, caller: Any = None, event: Any = None) -> None:
+        """A new scene, or one that was loaded."""
+        if self.parent.isEntered:
+            self.initializeParameterNode()
+
+    def initializeParameterNode(self) -> None:
+        """Take up the scene's state; with nothing chosen yet, suggest."""
+        self.setParameterNode(self.logic.getParameterNode())
+        if self._parameterNode.t2w is None and self._task is None:
+            self._take(inputs.suggest())
+
+    def setParameterNode(self, node: Any) -> None:
+        """Connect the panel with a state."""
+        if self._parameterNode is not None:
+            self._parameterNode.disconnectGui(self._guiTag)
+            self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+        self._parameterNode = node
+        self.results.setParameterNode(node)
+        if node is not None:
+            self._guiTag = node.connectGui(self.ui)
+            for box, parameter in self._choices().items():
+                _select(box, getattr(node, parameter))
+            self.addObserver(node, vtk.vtkCommand.ModifiedEvent, self._onParameters)
+        self._onParameters()
+
+    def _choices(self) -> dict[Any, str]:
+        return {self.ui.dceComboBox: "dce", self.ui.modelComboBox: "model", self.ui.deviceComboBox: "device"}
+
+    def _chosen(self, parameter: str, text: str) -> None:
+        if self._parameterNode is not None and text:
+            setattr(self._parameterNode, parameter, text)
+
+    # ------------------------------------------------------------ inputs
+
+    def onSuggest(self, checked: bool = False) -> None:
+        """Choose the volumes anew."""
+        suggestion = inputs.suggest()
+        self._take(suggestion)
+        if not suggestion.chosen:
+            self.ui.choiceLabel.text = _(
+                "No axial T2W was recognised among the volumes of the scene; choose it yourself."
+            )
+
+    def _take(self, suggestion: inputs.Suggestion) -> None:
+        if suggestion.chosen:
+            for name in inputs.SEQUENCES:
+                setattr(self._parameterNode, name, suggestion[name])
+        self.ui.choiceLabel.text = suggestion.text
+
+    def onLoadFolder(self, checked: bool = False) -> None:
+        """Ask for a folder and load its examination."""
+        folder = qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), _("Folder of an examination"))
+        if folder:
+            self.loadFolder(folder)
+
+    def loadFolder(self, folder: str) -> None:
+        """Find and load T2W, ADC and DWI in a DICOM folder, or a folder of image files."""
+        if self._ready():
+            self._begin(ReadTask(folder, **self._reports(self.onLoaded)))
+
+    def onLoaded(self, nodes: dict[str, Any]) -> None:
+        """A folder's sequences are in the scene."""
+        self._finish(_("Loaded {count} sequences; please check them.").format(count=len(nodes)))
+        for name in inputs.SEQUENCES:
+            setattr(self._parameterNode, name, nodes.get(name))
+        told = [f"{inputs.TITLES[n]}: {node.GetAttribute('MedRationale.reason')}" for n, node in nodes.items()]
+        self.ui.choiceLabel.text = "\n".join(text if len(text) < 160 else text[:159] + "…" for text in told)
+        self.ui.choiceLabel.toolTip = "\n".join(told)
+        views.align(nodes["t2w"])
+        views.show(nodes["t2w"])
+
+    def onModelFolder(self, checked: bool = False) -> None:
+        """Ask for a model folder."""
+        folder = qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), _("Model folder"))
+        if folder:
+            _select(self.ui.modelComboBox, folder)
+
+    # ------------------------------------------------------------ running
+
+    def onApply(self, checked: bool = False) -> None:
+        """Run, or cancel what runs."""
+        if self._task is not None:
+            self._cancel()
+            self._finish(_("Cancelled; nothing was changed."))
+        elif self._ready():
+            node = self._parameterNode
+            chosen = {name: getattr(node, name) for name in inputs.SEQUENCES if getattr(node, name) is not None}
+            request = Request(
+                inputs=chosen,
+                model=node.model,
+                device=node.device,
+                dce=node.dce,
+                psa=node.psa if node.psa > 0 else None,
+            )
+            self._begin(AssessTask(request, **self._reports(self.onAssessed)))
+
+    def onAssessed(self, results: Results) -> None:
+        """The results are in the scene."""
+        seconds = time.monotonic() - self._started
+        slicer.app.userSettings().setValue(self._timeKey(), seconds)
+        count = len(results.data["findings"])
+        told = _("No suspicious lesion was found") if not count else _("{count} finding(s)").format(count=count)
+        self._finish(_("{told}, after {seconds:.0f} s.").format(told=told, seconds=seconds))
+        node = self._parameterNode
+        node.results, node.step = results.node, ""
+        node.finding = results.data["findings"][0]["id"] if count else ""
+        if results.input("t2w") is not None:
+            views.align(results.input("t2w"))
+            views.show(results.input("t2w"))
+        if count:
+            self.results.onFindingSelected(node.finding)
+
+    def onInstall(self, checked: bool = False) -> None:
+        """Install what is missing, after asking."""
+        if self._ready():
+            self.results.refresh(again=True)
+
+    def onExport(self, checked: bool = False) -> None:
+        """Ask for a folder and write everything."""
+        folder = qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), _("Folder for the results"))
+        if folder:
+            with slicer.util.tryWithErrorDisplay(_("The export failed."), waitCursor=True):
+                report = self.logic.export(self.results.current, folder)
+                self.ui.statusLabel.text = _("Exported; the report is {path}").format(path=report)
+
+    def _ready(self) -> bool:
+        """Whether the Python packages are there, or were installed with consent."""
+        try:
+            with slicer.util.WaitCursor():
+                installation.ensure_installed()
+        except RuntimeError as error:
+            self._finish(str(error))
+            return False
+        return True
+
+    def _reports(self, done: Callable[[Any], None]) -> dict[str, Any]:
+        return {"progress": self._onProgress, "done": done, "failed": self._onFailed}
+
+    def _begin(self, task: Task) -> None:
+        self._task = task
+        self._started = time.monotonic()
+        self.ui.applyButton.text = _("Cancel")
+        self.ui.progressBar.setVisible(True)
+        self._checkCanApply()
+        task.start()
+
+    def _onProgress(self, text: str, fraction: float) -> None:
+        self.ui.statusLabel.text = f"{text} …"
+        if fraction >= 0:
+            self.ui.progressBar.setValue(round(1000 * fraction))
+
+    def _onFailed(self, sentence: str) -> None:
+        self._finish(sentence)
+        logging.error("MedRationale: %s", sentence)
+        slicer.util.errorDisplay(sentence, windowTitle="MedRationale")
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._finish("")
+
+    def _finish(self, sentence: str) -> None:
+        self._task = None
+        self.ui.applyButton.text = _("Apply")
+        self.ui.progressBar.setVisible(False)
+        self.ui.progressBar.setValue(0)
+        self.ui.statusLabel.text = sentence
+        self._checkCanApply()
+
+    # ------------------------------------------------------------ showing
+
+    def _onParameters(self, caller: Any = None, event: Any = None) -> None:
+        self._checkCanApply()
+        self.results.refresh()
+
+    def _checkCanApply(self) -> None:
+        node, button = self._parameterNode, self.ui.applyButton
+        ready = node is not None and node.t2w is not None
+        button.enabled = self._task is not None or ready
+        button.toolTip = (
+            _("End the run; the scene stays as it is.") if self._task is not None
+            else _("Segment and explain.") if ready
+            else _("Choose the axial T2W first.")
+        )  # fmt: skip
+        for name in ("suggestButton", "loadFolderButton", "installButton"):
+            getattr(self.ui, name).enabled = self._task is None
+        self.ui.estimateLabel.text = self._estimate()
+
+    def _timeKey(self) -> str:
+        return f"MedRationale/seconds/{os.path.basename(self._parameterNode.model)}/{self._parameterNode.device}"
+
+    def _estimate(self) -> str:
+        if self._parameterNode is None:
+            return ""
+        last = slicer.app.userSettings().value(self._timeKey())
+        if last is not None:
+            return _("The last run on this device took {seconds:.0f} s.").format(seconds=float(last))
+        if self._parameterNode.device in SECONDS:
+            seconds = SECONDS[self._parameterNode.device]
+            return _("About {seconds:.0f} s on two CPU cores.").format(seconds=seconds)
+        return _("The first run tells how long this device takes; two CPU cores take about {seconds:.0f} s.").format(
+            seconds=SECONDS["cpu"]
+        )
+
+
+def _select(box: Any, text: str) -> None:
+    """Choose an entry, which is added where it is not there."""
+    if box.findText(text) < 0:
+        box.addItem(text)
+    box.setCurrentIndex(box.findText(text))
+
+
+class MedRationaleLogic(ScriptedLoadableModuleLogic):
+    """What the panel does, for scripts; needs no window.
+
+    >>> logic = slicer.util.getModuleLogic("MedRationale")
+    >>> assessment = logic.process(t2wNode, adcNode, dwiNode)
+    >>> [(finding.sector, finding.pirads) for finding in assessment.findings]
+    """
+
+    def getParameterNode(self) -> MedRationaleParameterNode:
+        """The panel's state."""
+        return MedRationaleParameterNode(super().getParameterNode())
+
+    def process(
+        self,
+        t2w: vtkMRMLScalarVolumeNode,
+        adc: vtkMRMLScalarVolumeNode | None = None,
+        dwi: vtkMRMLScalarVolumeNode | None = None,
+        *,
+        model: str = "compact",
+        device: str = "auto",
+        dce: str = "not available",
+        psa: float | None = None,
+        bValue: float | None = None,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> Any:
+        """Assess an examination and wait; the results are in the scene, and returned as an Assessment.
+
+        Args:
+            t2w, adc, dwi: volumes, on any grids; ADC and DWI may be missing.
+            model: a shipped model's name, or a model folder.
+            device: "auto", "cuda", "mps" or "cpu".
+            dce: what you saw of contrast enhancement: "positive", "negative" or "not available".
+            psa: ng/ml.
+            bValue: of the DWI in s/mm², where neither its tags nor its name tell.
+            progress: told (what is being done, fraction of the whole; negative where that is not known).
+
+        Raises RuntimeError with one sentence; the scene is as before then.
+        """
+        volumes = {name: node for name, node in (("t2w", t2w), ("adc", adc), ("dwi", dwi)) if node is not None}
+        installation.ensure_installed(ask=False)
+        request = Request(inputs=volumes, model=model, device=device, dce=dce, psa=psa, b_value=bValue)
+        results = AssessTask(request, progress=progress).run()
+        parameters = self.getParameterNode()
+        parameters.results = results.node
+        return results.assessment()
+
+    def loadFolder(self, folder: str) -> dict[str, Any]:
+        """Load T2W, ADC and DWI of a DICOM folder, or a folder of image files: {"t2w": node, ...}. Waits."""
+        installation.ensure_installed(ask=False)
+        return ReadTask(folder).run()
+
+    def results(self) -> list[Results]:
+        """The assessments in the scene."""
+        return Results.in_scene()
+
+    def export(self, results: Results, folder: str) -> str:
+        """Write segmentation, heatmaps, report, assessment and scene into a folder; returns the report's path."""
+        return exporting.export(results, folder)
+
+
+class MedRationaleTest(ScriptedLoadableModuleTest):
+    """What only the application can show: it runs the phantom through the real worker."""
+
+    def setUp(self) -> None:
+        """An empty scene."""
+        slicer.mrmlScene.Clear()
+
+    def runTest(self) -> None:
+        """All of it."""
+        self.setUp()
+        self.test_phantom()
+
+    def test_phantom(self) -> None:
+        """The phantom's lesion is found, explained, and shown."""
+        self.delayDisplay("Drawing the phantom")
+        nodes = sample_data.load_phantom()
+        self.delayDisplay("Running the model")
+        logic = MedRationaleLogic()
+        assessment = logic.process(nodes["t2w"], nodes["adc"], nodes["dwi"])
+        self.assertGreaterEqual(len(assessment.findings), 1)
+        results = logic.results()[-1]
+        step = next(s for s in results.findings[0].rationale if s.evidence)
+        self.assertIsNotNone(results.heatmap(step.evidence))
+        ids = results.segmentation.GetSegmentation().GetSegmentIDs()
+        self.assertIn("gland", ids)
+        before = results.findings[0].pirads
+        results.override("lesion-1", "dwi_signal", "dwi_normal")
+        results.undo()
+        self.assertEqual(results.findings[0].pirads, before)
+        self.delayDisplay("Passed")

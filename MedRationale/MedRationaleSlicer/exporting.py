@@ -1,0 +1,28 @@
+"""Everything about one examination as files: what `medrationale predict` writes, and the scene."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import slicer
+
+from MedRationaleSlicer.results import Results
+
+SCENE_FILE = "scene.mrb"
+
+
+def export(results: Results, folder: str | Path) -> str:
+    """Write segmentation, heatmaps, report.html, assessment.json and the scene; returns the report's path.
+
+    Files of an earlier export are replaced, other files never. Raises InputError or RuntimeError with one sentence.
+    """
+    from MedRationaleLib.output import write_results
+
+    paths = write_results(results.assessment(), folder)
+    with tempfile.TemporaryDirectory(prefix=".medrationale-", dir=folder) as stage:
+        scene = Path(stage) / SCENE_FILE
+        if not slicer.util.saveScene(str(scene)):
+            raise RuntimeError(f"The scene could not be written in {folder}; the other files are there.")
+        scene.replace(Path(folder) / SCENE_FILE)
+    return str(paths.report)
