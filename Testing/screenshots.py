@@ -68,11 +68,12 @@ def _views(session: Session, names: list[str], *more: Image.Image) -> Image.Imag
 
 
 def _panel(session: Session, size: tuple[int, int]) -> Image.Image:
-    parent = session.panel.parent
-    parent.resize(*size)
-    parent.show()
     import slicer
 
+    parent = session.panel.parent
+    parent.show()
+    slicer.app.processEvents()  # sections that were folded give their room back
+    parent.resize(*size)
     slicer.app.processEvents()
     path = session.folder / "panel.png"
     parent.grab().save(str(path))

@@ -71,14 +71,14 @@ class RationaleChain:
         """The path of `finding` through the DecisionTree `tree`, with the step of the node `chosen` marked."""
         self._filling = True
         self._model.clear()
-        self._model.setHorizontalHeaderLabels([_("Step"), _("Answer"), _("Similarity"), _("Source")])
+        self._model.setHorizontalHeaderLabels([_("Step"), _("Answer"), _("Source"), _("Similarity, or measured")])
         questions = [step for step in finding.rationale if step.node in tree.nodes] if finding else []
         for number, step in enumerate(questions, start=1):
             row = self._row(number, step, tree.nodes[step.node].question, _contradicted(finding, tree, step))
             self._model.appendRow(row)
             for other in step.runners_up:
                 text = tree.bank[other.concept].text if other.concept in tree.bank else other.concept
-                row[0].appendRow(_items(["", text, _similarity(other.similarity), ""], GREY, step.node))
+                row[0].appendRow(_items(["", text, "", _similarity(other.similarity)], GREY, step.node))
             if step.node == chosen:
                 self._view.setCurrentIndex(row[0].index())
         for column in range(4):
@@ -87,13 +87,12 @@ class RationaleChain:
 
     def _row(self, number: int, step: RationaleStep, question: str, contradiction: str | None) -> list[Any]:
         color = CHANGED if step.overridden or step.source == "reader" else DOUBTFUL if contradiction else TAKEN
-        answer = f"{step.text} ({step.measurement})" if step.measurement else step.text
-        answer = f"⚠ {answer}" if contradiction else answer
+        answer = f"⚠ {step.text}" if contradiction else step.text
         source = sources()[step.source]
         if step.overridden:
             source = _("reader (was: {before})").format(before=step.overridden.replace("_", " "))
         name = f"{number}. {in_words(step.node)}"
-        items = _items([name, answer, _similarity(step.similarity), source], color, step.node)
+        items = _items([name, answer, source, step.measurement or _similarity(step.similarity)], color, step.node)
         told = [question, *([contradiction] if contradiction else [])]
         if step.weakened_by:
             told.append(_("Weaker: {missing} missing.").format(missing=", ".join(step.weakened_by).upper()))

@@ -69,8 +69,6 @@ class ResultsPanel:
         self.ui.contradictionsLabel.text = (
             "\n".join(f"⚠ {text}" for text in chosen.contradictions) if chosen is not None else ""
         )
-        for label in (self.ui.volumesLabel, self.ui.warningsLabel, self.ui.findingLabel, self.ui.contradictionsLabel):
-            label.setVisible(bool(label.text))
         self._showAnswers(chosen, tree)
 
     def _showAnswers(self, finding: Any, tree: Any) -> None:
