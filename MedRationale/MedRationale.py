@@ -31,7 +31,7 @@ if importlib.util.find_spec("MedRationaleSlicer") is None:
     sys.path.append(str(Path(__file__).resolve().parent))
 
 from MedRationaleSlicer import exporting, inputs, installation, sample_data, views  # noqa: E402
-from MedRationaleSlicer.results import Results  # noqa: E402
+from MedRationaleSlicer.results import CONCEPT, Results  # noqa: E402
 from MedRationaleSlicer.results_panel import ResultsPanel  # noqa: E402
 from MedRationaleSlicer.run import AssessTask, ReadTask, Request, Task  # noqa: E402
 
@@ -421,7 +421,7 @@ class MedRationaleLogic(ScriptedLoadableModuleLogic):
 
 
 class MedRationaleTest(ScriptedLoadableModuleTest):
-    """What only the application can show: it runs the phantom through the real worker."""
+    """What only the application can show: its own widgets, views and PythonSlicer around the phantom."""
 
     def setUp(self) -> None:
         """An empty scene."""
@@ -430,23 +430,45 @@ class MedRationaleTest(ScriptedLoadableModuleTest):
     def runTest(self) -> None:
         """All of it."""
         self.setUp()
-        self.test_phantom()
+        self.test_console()
+        self.setUp()
+        self.test_panel()
 
-    def test_phantom(self) -> None:
-        """The phantom's lesion is found, explained, and shown."""
-        self.delayDisplay("Drawing the phantom")
+    def test_console(self) -> None:
+        """The phantom's lesion is found and explained, and a changed answer is undone."""
+        self.delayDisplay("Drawing the phantom, and running the model on it")
         nodes = sample_data.load_phantom()
-        self.delayDisplay("Running the model")
         logic = MedRationaleLogic()
         assessment = logic.process(nodes["t2w"], nodes["adc"], nodes["dwi"])
         self.assertGreaterEqual(len(assessment.findings), 1)
         results = logic.results()[-1]
-        step = next(s for s in results.findings[0].rationale if s.evidence)
-        self.assertIsNotNone(results.heatmap(step.evidence))
-        ids = results.segmentation.GetSegmentation().GetSegmentIDs()
-        self.assertIn("gland", ids)
-        before = results.findings[0].pirads
-        results.override("lesion-1", "dwi_signal", "dwi_normal")
+        self.assertIn("gland", results.segmentation.GetSegmentation().GetSegmentIDs())
+        before = results.findings
+        results.override("lesion-1", "adc_signal", "adc_normal")
+        self.assertNotEqual(results.findings, before)
         results.undo()
-        self.assertEqual(results.findings[0].pirads, before)
-        self.delayDisplay("Passed")
+        self.assertEqual(results.findings, before)
+        self.delayDisplay("Console: passed")
+
+    def test_panel(self) -> None:
+        """Apply, a finding and a step, as a user clicks them."""
+        self.delayDisplay("The panel with the phantom")
+        nodes = sample_data.load_phantom()
+        panel = slicer.util.getModuleWidget("MedRationale")
+        panel.enter()
+        panel.ui.suggestButton.click()
+        self.assertIs(panel.ui.t2wSelector.currentNode(), nodes["t2w"])
+        panel.ui.applyButton.click()
+        end = time.monotonic() + 600
+        while panel.ui.applyButton.text == _("Cancel") and time.monotonic() < end:
+            slicer.app.processEvents()
+            time.sleep(0.01)
+        self.assertGreaterEqual(panel.ui.findingsTable.rowCount, 1, panel.ui.statusLabel.text)
+        panel.ui.findingsTable.selectRow(0)
+        steps = panel.ui.rationaleTree.model()
+        panel.ui.rationaleTree.setCurrentIndex(steps.index(2, 0))
+        heatmaps = [n for n in slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode") if n.GetAttribute(CONCEPT)]
+        self.assertEqual(len(heatmaps), 1)
+        for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
+            self.assertEqual(composite.GetForegroundVolumeID(), heatmaps[0].GetID())
+        self.delayDisplay("Panel: passed")

@@ -42,11 +42,11 @@ def main() -> None:
         for name in ("inputsCollapsibleButton", "modelCollapsibleButton", "findingsCollapsibleButton"):
             getattr(panel.ui, name).collapsed = True
         panel.ui.rationaleTree.expand(panel.ui.rationaleTree.currentIndex())
-        _save(_beside(_panel(session, (560, 640)), _views(session, ["Red"])), "rationale.png")
+        _save(_beside(_panel(session, (560, 690)), _views(session, ["Red"])), "rationale.png")
         box = panel.ui.answerComboBox
         box.setCurrentIndex(box.findData("adc_normal"))
         box.activated.emit(box.currentIndex)
-        _save(_panel(session, (560, 640)), "override.png")
+        _save(_panel(session, (560, 690)), "override.png")
 
 
 def _overview(session: Session) -> Image.Image:
@@ -77,7 +77,7 @@ def _panel(session: Session, size: tuple[int, int]) -> Image.Image:
     slicer.app.processEvents()
     path = session.folder / "panel.png"
     parent.grab().save(str(path))
-    return Image.open(path).convert("RGB")
+    return Image.open(path).convert("RGB").crop((0, 0, *size))  # a layout may be slow to give room back
 
 
 def _beside(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "MedRationale" / "MedRationale.py"
 
 
-def test_the_modules_own_test_passes_here_as_far_as_it_goes(open_panel: Callable[[Path], Any]) -> None:
+def test_the_modules_own_test_passes_here_as_far_as_it_goes(
+    open_panel: Callable[[Path], Any], offscreen_views: Any
+) -> None:
     open_panel(MODULE)
     test = sys.modules["MedRationale"].MedRationaleTest()
     test.runTest()
