@@ -23,16 +23,8 @@ from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
 from MedRationaleLib.failures import is_out_of_memory
-from MedRationaleLib.findings import (
-    DIFFUSION,
-    LesionMeasurement,
-    Masks,
-    PostprocessingConfig,
-    clean_masks,
-    measure_gland,
-    measure_lesions,
-    zone_signal,
-)
+from MedRationaleLib.findings import LesionMeasurement, measure_gland, measure_lesions
+from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, clean_masks, zone_signal
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.study import Study

@@ -9,7 +9,7 @@ import pytest
 from MedRationaleTraining.calibration import SPACING, calibrate_masks
 
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.findings import PostprocessingConfig, lesion_candidates
+from MedRationaleLib.postprocessing import PostprocessingConfig, lesion_candidates
 
 SHAPE = (4, 96, 96)
 

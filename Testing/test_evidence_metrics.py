@@ -47,10 +47,10 @@ from MedRationaleTraining.rationale_metrics import (  # noqa: E402
 from training_samples import TINY  # noqa: E402
 
 from MedRationaleLib.decision_tree import DecisionTree  # noqa: E402
-from MedRationaleLib.findings import PostprocessingConfig  # noqa: E402
 from MedRationaleLib.model.checkpoint import save_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import ModelConfig  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
+from MedRationaleLib.postprocessing import PostprocessingConfig  # noqa: E402
 from MedRationaleLib.synthesis.regions import Region  # noqa: E402
 
 TREE = DecisionTree.load()

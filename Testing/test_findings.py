@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from MedRationaleLib.findings import (
-    PostprocessingConfig,
-    clean_masks,
-    label_lesions,
-    lesion_candidates,
-    measure_gland,
-    measure_lesions,
-)
+from MedRationaleLib.findings import measure_gland, measure_lesions
+from MedRationaleLib.postprocessing import PostprocessingConfig, clean_masks, label_lesions, lesion_candidates
 from MedRationaleLib.preprocessing import Grid
 from MedRationaleLib.sectors import LEVELS, GlandFrame, Sector
 

@@ -406,7 +406,7 @@ def test_figures_of_other_weights_do_not_get_into_a_card(run: FitConfig, tmp_pat
 def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     run: FitConfig, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from MedRationaleLib.findings import PostprocessingConfig
+    from MedRationaleLib.postprocessing import PostprocessingConfig
 
     monkeypatch.setattr("MedRationaleTraining.calibration.GLAND", (0.4, 0.5))
     monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.25, 0.4))

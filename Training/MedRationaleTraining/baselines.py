@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import atomic_path, check_writable, write_text
-from MedRationaleLib.findings import PostprocessingConfig, Sequences
 from MedRationaleLib.model.checkpoint import CONFIG, WEIGHTS
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.precision import autocast
+from MedRationaleLib.postprocessing import PostprocessingConfig, Sequences
 from MedRationaleTraining.calibration import calibrate_masks
 from MedRationaleTraining.data.stacks import MASK_PIXELS, make_stack, whole_exam
 from MedRationaleTraining.data.synthetic import StoredExam, stored_exams

@@ -16,7 +16,8 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.findings import (
+from MedRationaleLib.model.rationale_model import RationaleModel
+from MedRationaleLib.postprocessing import (
     OF_MASK,
     Candidate,
     PostprocessingConfig,
@@ -25,7 +26,6 @@ from MedRationaleLib.findings import (
     lesion_candidates,
     split_zones,
 )
-from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleTraining.evaluation import SPACING, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    logging.getLogger("MedRationaleLib.findings").setLevel(logging.WARNING)
+    logging.getLogger("MedRationaleLib.postprocessing").setLevel(logging.WARNING)
     command = "medrationale-train"
     given_arguments = sys.argv[1:] if arguments is None else arguments
     try:

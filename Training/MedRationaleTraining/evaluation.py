@@ -20,7 +20,11 @@ from rich.progress import track
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.files import check_writable, write_text
-from MedRationaleLib.findings import (
+from MedRationaleLib.model.checkpoint import load_checkpoint
+from MedRationaleLib.model.config import CLASSES
+from MedRationaleLib.model.precision import autocast
+from MedRationaleLib.model.rationale_model import RationaleModel
+from MedRationaleLib.postprocessing import (
     DIFFUSION,
     PostprocessingConfig,
     Sequences,
@@ -29,10 +33,6 @@ from MedRationaleLib.findings import (
     lesion_candidates,
     split_zones,
 )
-from MedRationaleLib.model.checkpoint import load_checkpoint
-from MedRationaleLib.model.config import CLASSES
-from MedRationaleLib.model.precision import autocast
-from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM
 from MedRationaleLib.synthesis.regions import Region
 from MedRationaleTraining.data.stacks import REGION_PIXELS, Stack, make_stack, slice_answers, whole_exam

@@ -15,11 +15,11 @@ from MedRationaleLib import __version__
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable
-from MedRationaleLib.findings import PostprocessingConfig
 from MedRationaleLib.model.checkpoint import CONFIG, load_checkpoint, save_checkpoint, serialized
 from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
+from MedRationaleLib.postprocessing import PostprocessingConfig
 from MedRationaleTraining.calibration import calibrate
 from MedRationaleTraining.config import FitConfig
 from MedRationaleTraining.data.synthetic import describe_set

@@ -28,8 +28,9 @@ import SimpleITK as sitk
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import region_similarity
-from MedRationaleLib.findings import LesionMeasurement, PostprocessingConfig, measure_lesions
+from MedRationaleLib.findings import LesionMeasurement, measure_lesions
 from MedRationaleLib.model.config import CLASSES
+from MedRationaleLib.postprocessing import PostprocessingConfig
 from MedRationaleLib.rationale import LesionAnswers
 from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM
 from MedRationaleTraining.data.stacks import Stack, slice_answers
