@@ -42,6 +42,8 @@ class Choice:
 
     stacks: tuple[Stack, ...]
     reason: str
+    remark: str | None = None
+    """A sentence for the user, where there is one."""
 
     @property
     def first(self) -> Stack:
@@ -83,7 +85,7 @@ def read_examination(folder: str | Path, overrides: Mapping[str, str | int | Pat
                 left = [stack for stack in left if stack not in choice.stacks]
                 continue
             reference = choice.first if name == "t2w" else reference
-            notes += remarks
+            notes += [choice.remark, *remarks] if choice.remark else remarks
             break
     result.patient = _patient((reference or stacks[0]).header)
     result.warnings = tuple(dict.fromkeys(notes))
@@ -307,9 +309,12 @@ def _choose_given(name: str, stacks: Sequence[Stack]) -> Choice:
             f"{NAMES[name]}: expected at least {MIN_SLICES} slices, got {len(best.levels)} in {best.label}; name "
             "another series."
         )
-    note = "" if best.kind == name else f" (its tags say {NAMES.get(best.kind, best.kind)}: {best.frames[0].kind[1]})"
-    reason = f"given by the user: {best.label}{note}; {best.described}"
-    return Choice(stacks=(replace(best, kind=name),), reason=reason)
+    reason, remark = f"given by the user: {best.label}; {best.described}", None
+    if best.kind != name:
+        told = f"{NAMES.get(best.kind, best.kind)} ({best.frames[0].kind[1]})"
+        remark = f"{best.label} was given as the {NAMES[name]}, but its tags say {told}; it was used as given: check."
+        reason += f"; its tags say {told}"
+    return Choice(stacks=(replace(best, kind=name),), reason=reason, remark=remark)
 
 
 def _read(name: str, choice: Choice, stacks: Sequence[Stack]) -> tuple[sitk.Image, SeriesProvenance, list[str]]:
