@@ -342,7 +342,7 @@ def test_the_choice_is_overridden_by_number_uid_folder_and_file(tmp_path):
 def test_a_series_whose_tags_contradict_its_given_role_is_used_with_a_warning(tmp_path):
     write_examination(tmp_path)
     write(tmp_path / "more", noise(1, 900, 3), 7, **{**T2W, "SeriesDescription": "t2_tse_tra_2"})
-    study = Study.from_dicom(tmp_path, dwi=7)
+    study = Study.from_dicom(tmp_path, t2w=2, dwi=7)
     (note,) = [warning for warning in study.warnings if "its tags say" in warning]
     assert note.startswith('series 7 "t2_tse_tra_2" was given as the DWI, but its tags say T2W (spin echo')
     assert not [w for w in Study.from_dicom(tmp_path, adc=5).warnings if "its tags say" in w]
