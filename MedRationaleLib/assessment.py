@@ -77,6 +77,18 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnshownCandidate:
+    """A candidate below the likelihood from which findings are shown; where it is, for a reader who wants to look."""
+
+    zone: Literal["PZ", "TZ"]
+    volume_ml: float
+    center_mm: tuple[float, float, float]
+    """Centroid, LPS."""
+    likelihood: float
+    """As Finding.likelihood."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SliceRationale:
     """What the model says of one slice as a whole (the paper's unit of evaluation)."""
 
@@ -112,6 +124,8 @@ class Assessment:
     """"gland", "pz", "tz" segmented volumes and "ellipsoid" = 0.52 L W H."""
     decision_tree: str
     """Id of the tree that was walked."""
+    not_shown: tuple[UnshownCandidate, ...] = ()
+    """The likeliest of the candidates that are no findings."""
     warnings: tuple[str, ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)
     """Versions, device, inputs and their hashes, weights hash, timings in s, seeds."""

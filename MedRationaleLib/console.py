@@ -42,7 +42,7 @@ def console_for(stream: Any) -> Console:
 
 def summarise(assessment: Assessment, report: Path, console: Console) -> None:
     """The findings as a table, volumes, what weakens them, and where the report is."""
-    from MedRationaleLib.report import is_synthetic  # brings SimpleITK, so not before it is needed
+    from MedRationaleLib.report import is_synthetic, not_shown  # brings SimpleITK, so not before it is needed
 
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=not console.is_terminal)
@@ -72,6 +72,8 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
             "* that such a candidate is a lesion, as fitted on synthetic examinations; not the probability of cancer",
             "dim",
         )
+    if below := not_shown(assessment):
+        say(below, "dim")
     volumes = assessment.volumes_ml
     zones = ", ".join(f"{name.upper()} {volumes[name]:.1f}" for name in ("pz", "tz") if name in volumes)
     ellipsoid = f"; ellipsoid formula {volumes['ellipsoid']:.1f} ml" if "ellipsoid" in volumes else ""

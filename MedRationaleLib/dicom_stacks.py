@@ -243,7 +243,11 @@ def load(stack: Stack) -> tuple[sitk.Image, tuple[Frame, ...], list[str]]:
         part = np.float32((place - below) / (above - below))
         array[place] = (1 - part) * array[below] + part * array[above]
     if count > len(read):
-        notes.append(f"{name}: {count - len(read)} slices of {stack.label} are missing and were interpolated.")
+        missing = count - len(read)
+        notes.append(
+            f"{name}: {missing} slice{'s' if missing > 1 else ''} of {stack.label} {'are' if missing > 1 else 'is'} "
+            "missing and interpolated."
+        )
     image = sitk.GetImageFromArray(array)
     rows, columns = (float(value) for value in first.header.PixelSpacing)
     image.SetSpacing((columns, rows, stack.step))

@@ -86,7 +86,7 @@ class LesionMeasurement:
     center_mm: tuple[float, float, float]
     """Centroid, or the lesion's point next to it where the lesion is bent around it, LPS."""
     likelihood: float
-    """Highest probability in the lesion, [0, 1]."""
+    """See Candidate.likelihood, [0, 1]."""
     sector: Sector
     """The sector with the largest share of the lesion."""
     sectors: tuple[tuple[Sector, float], ...]

@@ -6,7 +6,7 @@ import itertools
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -41,6 +41,8 @@ RECENTRE_MM = (10.0, 10.0, 9.0)
 """A gland whose centre lies further than this from the crop's (x, y, z) is looked at again, in a crop around it."""
 FOUND_ML = 10.0
 """Less gland than this in the first crop, and the rest of the field of view is searched."""
+LARGEST_ML = 300.0
+"""More gland than this in the result, or less than FOUND_ML, and the Assessment warns of it."""
 logger = logging.getLogger(__name__)
 
 
@@ -181,12 +183,19 @@ class Predictor:
             findings = [self._finding(m, masks, prediction, study, tree, retrieval, dce) for m in measured]
             findings.sort(key=index_first, reverse=True)
             slices = self._slices(study, prediction, tree)
+            findings = [_with_slices(finding, masks, study, slices, tree) for finding in findings]
         report("evidence", 0.0)
         with clock.time("evidence"):
             evidence = self._evidence(findings, prediction, study, report)
         warnings = list(study.warnings)
         if gland is None:
             warnings.append("No prostate was found in the images; nothing else could be assessed.")
+        elif not FOUND_ML <= gland.volume_ml <= LARGEST_ML:
+            warnings.append(
+                f"The segmented prostate has {gland.volume_ml:.1f} ml, where {FOUND_ML:g} to {LARGEST_ML:g} ml are "
+                "expected: check its outline, and that the T2W is one of the prostate; lesions outside the outline are "
+                "not found."
+            )
         volumes = {"gland": 0.0, "ellipsoid": 0.0}
         if gland is not None:
             volumes = {"gland": gland.volume_ml, "ellipsoid": gland.ellipsoid_ml}
@@ -207,6 +216,7 @@ class Predictor:
             slices=slices,
             volumes_ml={k: round(v, 2) for k, v in volumes.items()},
             decision_tree=tree.id,
+            not_shown=masks.not_shown,
             warnings=tuple(warnings),
             manifest=self._manifest(study, clock, retrieval, tree),
         )
@@ -419,6 +429,22 @@ def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, 
         if (image := getattr(study, name)) is not None
     }
     return zone_signal(lesions == lesion.label, zone & (lesions == 0), sequences)
+
+
+def _with_slices(
+    finding: Finding, masks: Masks, study: Study, slices: Sequence[SliceRationale], tree: DecisionTree
+) -> Finding:
+    """The finding with a sentence where slices as a whole deny the lesion that its mask has there (Appendix E)."""
+    lesion = sitk.GetArrayFromImage(sitk.DICOMOrient(masks.lesions == finding.label, "LPS")) > 0
+    here = [s for s in slices if lesion[s.slice_index].any() and tree.start in s.answers]
+    denied = sum(s.answers[tree.start].concept == tree.absent for s in here)
+    if not denied:
+        return finding
+    sentence = (
+        f"{tree.nodes[tree.start].question} The mask has the lesion on {len(here)} slices; asked of each slice as a "
+        f'whole, the model says "{tree.bank[tree.absent].text}" on {denied} of them.'
+    )
+    return replace(finding, contradictions=(*finding.contradictions, sentence))
 
 
 def index_first(finding: Finding) -> tuple[int, bool, float]:

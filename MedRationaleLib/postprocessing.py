@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import ndimage
 
+from MedRationaleLib.assessment import UnshownCandidate
 from MedRationaleLib.preprocessing import Grid
 from MedRationaleLib.sectors import Array, Zone
 
@@ -82,12 +83,16 @@ class Masks:
     """0 or the candidate's label, 1 the likeliest."""
     likelihood: tuple[float, ...]
     """Of the candidates with the labels 1, 2, ..."""
+    not_shown: tuple[UnshownCandidate, ...] = ()
+    """The likeliest of the others, at most PostprocessingConfig.lesion_maximum."""
 
     def on(self, reference: sitk.Image) -> Masks:
         """The same masks on the grid of `reference`, by nearest neighbour; 0 beyond their own grid."""
-        images = {n: i for n, i in vars(self).items() if n != "likelihood"}
-        moved = {n: sitk.Resample(i, reference, interpolator=sitk.sitkNearestNeighbor) for n, i in images.items()}
-        return Masks(likelihood=self.likelihood, **moved)
+
+        def moved(image: sitk.Image) -> sitk.Image:
+            return sitk.Resample(image, reference, interpolator=sitk.sitkNearestNeighbor)
+
+        return replace(self, gland=moved(self.gland), pz=moved(self.pz), tz=moved(self.tz), lesions=moved(self.lesions))
 
 
 def clean_masks(
@@ -115,7 +120,31 @@ def clean_masks(
     candidates = lesion_candidates(arrays["lesion"], pz, tz, seen, spacing, config)
     lesions, likelihood = label_lesions(candidates, gland.shape, config)
     images = (grid.to_reference(a, reference, nearest=True) for a in (gland, pz, tz, lesions))
-    return Masks(likelihood=likelihood, **dict(zip(("gland", "pz", "tz", "lesions"), images, strict=True)))
+    return Masks(
+        likelihood=likelihood,
+        not_shown=_not_shown(candidates, grid, config),
+        **dict(zip(("gland", "pz", "tz", "lesions"), images, strict=True)),
+    )
+
+
+def _not_shown(
+    candidates: Sequence[Candidate], grid: Grid, config: PostprocessingConfig
+) -> tuple[UnshownCandidate, ...]:
+    """Those below the threshold, the likeliest first."""
+    found = []
+    for candidate in candidates:
+        likelihood = candidate.likelihood(config)
+        if likelihood < config.lesion_likelihood:
+            x, y, z = grid.index_to_point(np.argwhere(candidate.mask).mean(axis=0)[::-1]).tolist()
+            found.append(
+                UnshownCandidate(
+                    zone="TZ" if candidate.features["tz"] else "PZ",
+                    volume_ml=round(float(candidate.mask.sum() * np.prod(grid.spacing)) / 1000, 3),
+                    center_mm=(round(x, 2), round(y, 2), round(z, 2)),
+                    likelihood=round(likelihood, 4),
+                )
+            )
+    return tuple(sorted(found, key=lambda c: c.likelihood, reverse=True)[: config.lesion_maximum])
 
 
 def clean_gland(probability: Array, spacing: tuple[float, ...], config: PostprocessingConfig) -> Mask:

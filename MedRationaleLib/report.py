@@ -89,6 +89,10 @@ class Step:
     """Which sequence its heatmap is drawn over."""
     heat: int | None
     """Number of its heatmap on the page."""
+    slice: int
+    """Where the heatmap is hottest in the lesion; the key slice without a heatmap."""
+    hottest: tuple[float, float] | None
+    """Highest heat within the lesion, and on all slices."""
     before: str | None
     """The answer that a reader changed, in words."""
 
@@ -135,6 +139,7 @@ def build_report(assessment: Assessment) -> str:
         suspicion=SUSPICION,
         close=CLOSE,
         synthetic=is_synthetic(assessment),
+        not_shown=not_shown(assessment),
         patient=[(_label(key), value) for key, value in facts if not key.endswith("_uid")],
         model=_one_line(assessment.manifest.get("model")) or "not recorded",
         manifest=[(_label(key), value) for key, value in facts if key.endswith("_uid")]
@@ -149,6 +154,24 @@ def build_report(assessment: Assessment) -> str:
 def is_synthetic(assessment: Assessment) -> bool:
     """Whether the study says of itself that it is a phantom ("synthetic" in its patient record or in the manifest)."""
     return bool(assessment.study.patient.get("synthetic") or assessment.manifest.get("synthetic"))
+
+
+def not_shown(assessment: Assessment) -> str:
+    """What was seen and not marked, in a sentence; "" where there was nothing."""
+    below = assessment.not_shown
+    if not below:
+        return ""
+    model = assessment.manifest.get("model")
+    settings = model.get("postprocessing") if isinstance(model, Mapping) else None
+    limit = f" of {settings['lesion_likelihood']:.2f}" if settings else ""
+    told = ", ".join(f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({c.likelihood:.2f})" for c in below)
+    return f"Below the likelihood{limit} from which findings are shown: {told}."
+
+
+def _place(center_mm: tuple[float, float, float]) -> str:
+    """LPS mm as R/L, A/P, I/S."""
+    letters = (("R", "L"), ("A", "P"), ("I", "S"))
+    return " ".join(f"{names[value >= 0]}{abs(value):.0f}" for names, value in zip(letters, center_mm, strict=True))
 
 
 def study_facts(patient: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -176,6 +199,8 @@ def _finding_view(
     for number, step in enumerate(questions, start=1):
         heat = heat_numbers.get(step.evidence or "")
         similar = [c.similarity for c in step.runners_up if c.similarity is not None]
+        shown = step.evidence if heat is not None else None
+        at, hottest = pictures.hottest(finding, shown, index) if shown is not None else (index, None)
         steps.append(
             Step(
                 number=number,
@@ -186,6 +211,8 @@ def _finding_view(
                 lead=step.similarity - max(similar) if step.similarity is not None and similar else None,
                 sequence=_shown_over(step, tree, pictures.sequences) if heat is not None else None,
                 heat=heat,
+                slice=at,
+                hottest=hottest,
                 before=_words(step.overridden, tree.bank) if step.overridden else None,
             )
         )
@@ -238,6 +265,8 @@ def _viewer_data(assessment: Assessment, bank: ConceptBank, pictures: ReportPict
         item.slice_index: [_words(answer.concept, bank) for answer in item.answers.values()]
         for item in assessment.slices
     }
+    if len({tuple(a.concept for a in item.answers.values()) for item in assessment.slices}) < 2:
+        said = {}  # the same of every slice says nothing of any
     absent = {
         item.slice_index for item in assessment.slices if "lesion_absent" in {a.concept for a in item.answers.values()}
     }

@@ -124,6 +124,14 @@ class ReportPictures:
         areas = mask.sum(axis=(1, 2))
         return int(areas.argmax()) if areas.any() else self.count // 2
 
+    def hottest(self, finding: Finding, key: str, otherwise: int) -> tuple[int, tuple[float, float]]:
+        """Slice where a heatmap is highest within the lesion, and that heat with the highest anywhere."""
+        heat = np.nan_to_num(self._cut(_array(self._assessment.evidence[key])))
+        inside = np.where(self.masks[finding.id], heat, 0)
+        top = float(inside.max(initial=0.0))
+        at = int(inside.max(axis=(1, 2)).argmax()) if top > 0 else otherwise
+        return at, (top, float(heat.max(initial=0.0)))
+
     def lesion_box(self, finding: Finding, index: int, side_mm: float) -> tuple[float, float, float, float]:
         """SVG viewBox of a square of at least `side_mm` around the lesion on one slice, kept inside the crop."""
         rows, columns = np.nonzero(self.masks[finding.id][index])

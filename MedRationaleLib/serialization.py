@@ -15,7 +15,14 @@ import jsonschema
 import numpy as np
 import SimpleITK as sitk
 
-from MedRationaleLib.assessment import Assessment, Candidate, Finding, RationaleStep, SliceRationale
+from MedRationaleLib.assessment import (
+    Assessment,
+    Candidate,
+    Finding,
+    RationaleStep,
+    SliceRationale,
+    UnshownCandidate,
+)
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import MANIFEST
 from MedRationaleLib.resources import resource_path
@@ -62,6 +69,7 @@ def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
         },
         "decision_tree": assessment.decision_tree,
         "findings": findings_to_list(assessment.findings, assessment.evidence),
+        "not_shown": plain(assessment.not_shown),
         "volumes_ml": plain(assessment.volumes_ml),
         "evidence_resolution_mm": plain(assessment.evidence_resolution_mm),
         "evidence": {key: evidence_path(key) for key in assessment.evidence},
@@ -121,6 +129,7 @@ def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
         slices=slices_of(data),
         volumes_ml=data["volumes_ml"],
         decision_tree=data["decision_tree"],
+        not_shown=not_shown_of(data),
         warnings=tuple(data["warnings"]),
         manifest={k: v for k, v in read_json(folder / data["manifest"]).items() if k not in ("generator", "files")},
     )
@@ -130,6 +139,12 @@ def findings_of(data: Mapping[str, Any]) -> tuple[Finding, ...]:
     """The findings in the content of an assessment.json."""
     key_of = {path: key for key, path in data["evidence"].items()}
     return tuple(_finding(row, key_of) for row in data["findings"])
+
+
+def not_shown_of(data: Mapping[str, Any]) -> tuple[UnshownCandidate, ...]:
+    """The candidates below the threshold, in the content of an assessment.json; earlier versions kept none."""
+    rows = data.get("not_shown", [])
+    return tuple(UnshownCandidate(**(row | {"center_mm": tuple(row["center_mm"])})) for row in rows)
 
 
 def slices_of(data: Mapping[str, Any]) -> tuple[SliceRationale, ...]:

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from MedRationaleLib.assessment import Assessment, Candidate, Finding, RationaleStep, SliceRationale
+from MedRationaleLib.assessment import (
+    Assessment,
+    Candidate,
+    Finding,
+    RationaleStep,
+    SliceRationale,
+    UnshownCandidate,
+)
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.study import SeriesProvenance, Study
 
@@ -180,6 +187,7 @@ def assess_by_hand(
         slices=slices,
         volumes_ml={"gland": 51.9, "pz": 17.3, "tz": 33.8, "ellipsoid": 49.2},
         decision_tree="pirads_v2_1",
+        not_shown=(UnshownCandidate(zone="PZ", volume_ml=0.21, center_mm=(-12.4, 30.0, 5.6), likelihood=0.13),),
         manifest={
             "version": "test",
             "model": {"name": "made by hand, no model", "sha256": "0" * 64},

@@ -330,6 +330,25 @@ def test_likelihood_is_the_logistic_regression_for_what_was_seen_and_decides_wha
     assert likelihood == pytest.approx([0.9, 0.6]) and (labels[dark] == 1).all()
 
 
+@pytest.mark.parametrize("storage", ["LPS", "RAI"])
+def test_candidates_below_the_threshold_are_kept_apart_with_their_place(storage):
+    phantom = Phantom(storage=storage)
+    shown, likelier, other = (phantom.ellipsoid(c, (4, 3, 6)) for c in ((-8, 14, 0), (8, 14, 0), (0, -6, 3)))
+    probability = np.where(shown, 0.9, np.where(likelier, 0.45, np.where(other, 0.4, 0))).astype(np.float32)
+    maps = {
+        "gland": phantom.gland, "pz": phantom.gland & ~phantom.tz, "tz": phantom.tz, "lesion": probability,
+    }  # fmt: skip
+    masks = clean_masks({n: phantom.store(m.astype(np.float32)) for n, m in maps.items()}, PostprocessingConfig())
+    assert masks.likelihood == pytest.approx([0.9])
+    assert [c.likelihood for c in masks.not_shown] == pytest.approx([0.45, 0.4], abs=1e-3)
+    assert [c.zone for c in masks.not_shown] == ["PZ", "TZ"]
+    np.testing.assert_allclose(masks.not_shown[0].center_mm, phantom.point((8, 14, 0)), atol=0.5)
+    assert masks.not_shown[0].volume_ml == pytest.approx(
+        likelier.sum() * np.prod(phantom.grid.spacing) / 1000, abs=1e-3
+    )
+    assert masks.on(phantom.store(phantom.gland.astype(np.uint8))).not_shown == masks.not_shown
+
+
 def test_the_expert_masks_of_a_real_case_measure_as_described(shared_data):
     gland, zones, lesion = (
         sitk.ReadImage(str(shared_data / "prostatex-0000" / f"{name}.nii.gz")) for name in ("gland", "zones", "lesion")

@@ -403,3 +403,38 @@ def test_with_psa_the_record_has_its_density_by_the_ellipsoids_volume(assessed, 
     assert record["psa_density_ng_ml2"] == pytest.approx(6.0 / told.volumes_ml["ellipsoid"], abs=0.0005)
     assert record["psa_ng_ml"] == 6.0 and told.volumes_ml == assessed.volumes_ml
     assert "psa_density_ng_ml2" not in assessed.study.patient
+
+
+def test_a_finding_says_on_how_many_of_its_slices_the_model_denies_it(assessed):
+    lesions = sitk.GetArrayFromImage(sitk.DICOMOrient(assessed.lesions, "LPS"))
+    said = {item.slice_index: item.answers["lesion_presence"].concept for item in assessed.slices}
+    assert assessed.findings
+    for finding in assessed.findings:
+        here = [index for index in said if (lesions[index] == finding.label).any()]
+        denied = sum(said[index] == "lesion_absent" for index in here)
+        told = [text for text in finding.contradictions if "asked of each slice as a whole" in text]
+        assert len(told) == (denied > 0)
+        assert all(f"on {len(here)} slices" in text and f"on {denied} of them" in text for text in told)
+
+
+def test_what_is_below_the_threshold_is_told_and_not_marked(predictor, phantom, assessed):
+    strict = replace(predictor.postprocessing, lesion_likelihood=0.99)
+    result = Predictor(predictor.checkpoint, predictor.device, strict).assess(phantom)
+    assert result.findings == () and not sitk.GetArrayViewFromImage(result.lesions).any()
+    first = result.not_shown[0]
+    assert first.likelihood == pytest.approx(assessed.findings[0].likelihood, abs=1e-3)
+    assert first.zone == assessed.findings[0].zone
+    assert np.linalg.norm(np.subtract(first.center_mm, assessed.findings[0].center_mm)) < 2
+
+
+def test_a_gland_of_impossible_size_is_warned_of(predictor, phantom, monkeypatch):
+    from MedRationaleLib import inference
+
+    def sized(ml):
+        measure = inference.measure_gland
+        monkeypatch.setattr(inference, "measure_gland", lambda mask: replace(measure(mask), volume_ml=ml))
+        warned = [w for w in predictor.assess(phantom).warnings if "segmented prostate has" in w]
+        monkeypatch.undo()
+        return warned
+
+    assert sized(0.2) and not sized(45.0)

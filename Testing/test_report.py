@@ -320,6 +320,28 @@ def test_a_heatmap_picture_is_strongest_where_the_evidence_is(assessment: Assess
     assert np.hypot(*(center - peak)) < 10  # mm
 
 
+def test_a_heatmap_is_drawn_where_it_is_hottest_in_the_lesion_and_says_how_hot(assessment: Assessment) -> None:
+    finding = assessment.findings[0]
+    step = next(s for s in finding.rationale if s.evidence)
+    reference = assessment.evidence[step.evidence]
+    lesion = sitk.GetArrayFromImage(sitk.DICOMOrient(assessment.lesions, "LPS")) == finding.label
+    slices = np.flatnonzero(lesion.any(axis=(1, 2)))
+    heat = np.zeros(lesion.shape, np.float32)
+    heat[slices[0]][lesion[slices[0]]] = 0.25
+    heat[:, 0, 0] = 0.75
+    image = sitk.DICOMOrient(assessment.gland, "LPS")
+    drawn = sitk.GetImageFromArray(heat)
+    drawn.CopyInformation(image)
+    evidence = assessment.evidence | {step.evidence: sitk.Resample(drawn, reference)}
+    page = build_report(replace(assessment, evidence=evidence))
+    assert f"slice {slices[0] + 1}; up to 0.25 in the lesion" in page
+
+
+def test_candidates_that_were_not_marked_are_told(assessment: Assessment) -> None:
+    assert "PZ 0.21 ml at R12 P30 S6 (0.13)" in build_report(assessment)
+    assert "not marked" not in build_report(replace(assessment, not_shown=()))
+
+
 def test_frame_colours_stand_out_from_white_and_from_each_other() -> None:
     def luminance(color: str) -> float:
         rgb = np.array(list(bytes.fromhex(color[1:]))) / 255

@@ -308,7 +308,7 @@ class Results:
         """
         from MedRationaleLib.assessment import Assessment
         from MedRationaleLib.segmentation_io import like
-        from MedRationaleLib.serialization import slices_of
+        from MedRationaleLib.serialization import not_shown_of, slices_of
 
         if self.segmentation is None or self.input("t2w") is None:
             raise RuntimeError("Expected T2W and segmentation in the scene, but one was deleted; run it again.")
@@ -331,6 +331,7 @@ class Results:
             slices=slices_of(data),
             volumes_ml=data["volumes_ml"],
             decision_tree=data["decision_tree"],
+            not_shown=not_shown_of(data),
             warnings=tuple(data["warnings"]),
             manifest=manifest | changes,
         )
