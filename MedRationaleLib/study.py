@@ -41,10 +41,12 @@ MIN_B = 800.0
 """s/mm²; lesions do not stand out from normal tissue below it (PI-RADS v2.1 asks for 1400 and more)."""
 
 WEAKENED = {
-    ("adc",): "the answers on ADC signal and diffusion pattern and the DWI score rest on the DWI alone",
-    ("dwi",): "the answers on DWI signal and diffusion pattern and the DWI score rest on the ADC alone",
-    ("adc", "dwi"): "ADC signal, DWI signal, diffusion pattern and the DWI score, which decides the category in the "
-    "peripheral zone, have nothing to rest on but the T2W",
+    ("adc",): "the answers on ADC signal and diffusion pattern, and the DWI score with them, are inferred from the DWI "
+    "and the T2W",
+    ("dwi",): "the answers on DWI signal and diffusion pattern, and the DWI score with them, are inferred from the ADC "
+    "and the T2W",
+    ("adc", "dwi"): "ADC signal, DWI signal and diffusion pattern, and with them the DWI score, which decides the "
+    "category in the peripheral zone, are inferred from the T2W alone; PI-RADS v2.1 gives no DWI score then",
 }
 """Missing sequences -> what that means for the answers."""
 
