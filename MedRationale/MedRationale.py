@@ -31,7 +31,8 @@ if importlib.util.find_spec("MedRationaleSlicer") is None:
     sys.path.append(str(Path(__file__).resolve().parent))
 
 from MedRationaleSlicer import exporting, inputs, installation, sample_data, views  # noqa: E402
-from MedRationaleSlicer.results import CONCEPT, Results  # noqa: E402
+from MedRationaleSlicer.nodes import ROLE, remove_node  # noqa: E402
+from MedRationaleSlicer.results import CONCEPT, Results, hidden_nodes  # noqa: E402
 from MedRationaleSlicer.results_panel import ResultsPanel  # noqa: E402
 from MedRationaleSlicer.run import AssessTask, ReadTask, Request, Task  # noqa: E402
 
@@ -71,6 +72,7 @@ class MedRationaleParameterNode:
     dwi: vtkMRMLScalarVolumeNode
     results: vtkMRMLTextNode
     psa: Annotated[float, WithinRange(0, 5000)] = 0.0
+    bValue: Annotated[float, WithinRange(0, 10000)] = 0.0
     dce: str = "not available"
     model: str = "compact"
     device: str = "auto"
@@ -121,6 +123,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self.onNodeAboutToBeRemoved)
         self.initializeParameterNode()
 
     def cleanup(self) -> None:
@@ -146,7 +149,15 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def onSceneStartClose(self, caller: Any = None, event: Any = None) -> None:
         """The scene goes: so does what runs for it."""
         self._cancel()
+        self._finish("")
         self.setParameterNode(None)
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
+        """An assessment that is deleted by hand takes what it hides with it."""
+        if not slicer.mrmlScene.IsClosing() and node.GetAttribute(ROLE) == "assessment":
+            hidden = hidden_nodes(node)
+            qt.QTimer.singleShot(0, lambda: [remove_node(each) for each in hidden])
 
     def onSceneEndClose(self, caller: Any = None, event: Any = None) -> None:
         """A new scene, or one that was loaded."""
@@ -186,13 +197,13 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Choose the volumes anew."""
         suggestion = inputs.suggest()
         self._take(suggestion)
-        if not suggestion.chosen:
+        if not suggestion.text:
             self.ui.choiceLabel.text = _(
                 "No axial T2W was recognised among the volumes of the scene; choose it yourself."
             )
 
     def _take(self, suggestion: inputs.Suggestion) -> None:
-        if suggestion.chosen:
+        if suggestion.text:  # also what is unclear: volumes that were chosen before may belong to another examination
             for name in inputs.SEQUENCES:
                 setattr(self._parameterNode, name, suggestion[name])
         self.ui.choiceLabel.text = suggestion.text
@@ -205,7 +216,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def loadFolder(self, folder: str) -> None:
         """Find and load T2W, ADC and DWI in a DICOM folder, or a folder of image files."""
-        if self._ready():
+        if self._task is None and self._ready(torch=False):
             self._begin(ReadTask(folder, **self._reports(self.onLoaded)))
 
     def onLoaded(self, nodes: dict[str, Any]) -> None:
@@ -214,10 +225,10 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for name in inputs.SEQUENCES:
             setattr(self._parameterNode, name, nodes.get(name))
         told = [f"{inputs.TITLES[n]}: {node.GetAttribute('MedRationale.reason')}" for n, node in nodes.items()]
-        self.ui.choiceLabel.text = "\n".join(text if len(text) < 160 else text[:159] + "…" for text in told)
+        self.ui.choiceLabel.text = "\n".join(text.split("; rejected")[0] for text in told)
         self.ui.choiceLabel.toolTip = "\n".join(told)
+        views.show(nodes["t2w"])  # first: what is shown is what is fitted
         views.align(nodes["t2w"])
-        views.show(nodes["t2w"])
 
     def onModelFolder(self, checked: bool = False) -> None:
         """Ask for a model folder."""
@@ -240,7 +251,8 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 model=node.model,
                 device=node.device,
                 dce=node.dce,
-                psa=node.psa if node.psa > 0 else None,
+                psa=node.psa or None,
+                b_value=node.bValue or None,
             )
             self._begin(AssessTask(request, **self._reports(self.onAssessed)))
 
@@ -249,14 +261,19 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         seconds = time.monotonic() - self._started
         slicer.app.userSettings().setValue(self._timeKey(), seconds)
         count = len(results.data["findings"])
-        told = _("No suspicious lesion was found") if not count else _("{count} finding(s)").format(count=count)
-        self._finish(_("{told}, after {seconds:.0f} s.").format(told=told, seconds=seconds))
+        told = _("{count} finding(s), after {seconds:.0f} s.").format(count=count, seconds=seconds)
+        if not count:
+            told = _(
+                "No suspicious lesion was found, after {seconds:.0f} s. That is not proof that there is none: small "
+                "and faint ones are missed, so read the images yourself."
+            ).format(seconds=seconds)
+        self._finish(told)
         node = self._parameterNode
         node.results, node.step = results.node, ""
         node.finding = results.data["findings"][0]["id"] if count else ""
         if results.input("t2w") is not None:
-            views.align(results.input("t2w"))
             views.show(results.input("t2w"))
+            views.align(results.input("t2w"))
         if count:
             self.results.onFindingSelected(node.finding)
 
@@ -273,11 +290,10 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 report = self.logic.export(self.results.current, folder)
                 self.ui.statusLabel.text = _("Exported; the report is {path}").format(path=report)
 
-    def _ready(self) -> bool:
+    def _ready(self, torch: bool = True) -> bool:
         """Whether the Python packages are there, or were installed with consent."""
         try:
-            with slicer.util.WaitCursor():
-                installation.ensure_installed()
+            installation.ensure_installed(torch=torch)
         except RuntimeError as error:
             self._finish(str(error))
             return False
@@ -383,6 +399,7 @@ class MedRationaleLogic(ScriptedLoadableModuleLogic):
         dce: str = "not available",
         psa: float | None = None,
         bValue: float | None = None,
+        install: bool = False,
         progress: Callable[[str, float], None] | None = None,
     ) -> Any:
         """Assess an examination and wait; the results are in the scene, and returned as an Assessment.
@@ -394,12 +411,13 @@ class MedRationaleLogic(ScriptedLoadableModuleLogic):
             dce: what you saw of contrast enhancement: "positive", "negative" or "not available".
             psa: ng/ml.
             bValue: of the DWI in s/mm², where neither its tags nor its name tell.
+            install: first install Python packages that are missing, torch with its gigabytes among them.
             progress: told (what is being done, fraction of the whole; negative where that is not known).
 
         Raises RuntimeError with one sentence; the scene is as before then.
         """
         volumes = {name: node for name, node in (("t2w", t2w), ("adc", adc), ("dwi", dwi)) if node is not None}
-        installation.ensure_installed(ask=False)
+        installation.ensure_installed(ask=False, install=install)
         request = Request(inputs=volumes, model=model, device=device, dce=dce, psa=psa, b_value=bValue)
         results = AssessTask(request, progress=progress).run()
         parameters = self.getParameterNode()
@@ -408,7 +426,7 @@ class MedRationaleLogic(ScriptedLoadableModuleLogic):
 
     def loadFolder(self, folder: str) -> dict[str, Any]:
         """Load T2W, ADC and DWI of a DICOM folder, or a folder of image files: {"t2w": node, ...}. Waits."""
-        installation.ensure_installed(ask=False)
+        installation.ensure_installed(ask=False, install=False, torch=False)
         return ReadTask(folder).run()
 
     def results(self) -> list[Results]:

@@ -72,7 +72,7 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
             "* that such a candidate is a lesion, as fitted on synthetic examinations; not the probability of cancer",
             "dim",
         )
-    if below := not_shown(assessment):
+    if below := not_shown(assessment.not_shown, assessment.manifest):
         say(below, "dim")
     volumes = assessment.volumes_ml
     zones = ", ".join(f"{name.upper()} {volumes[name]:.1f}" for name in ("pz", "tz") if name in volumes)

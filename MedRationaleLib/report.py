@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from MedRationaleLib.assessment import Assessment, Finding, RationaleStep
+from MedRationaleLib.assessment import Assessment, Finding, RationaleStep, UnshownCandidate
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import END, DecisionTree
 from MedRationaleLib.errors import InputError
@@ -139,7 +139,7 @@ def build_report(assessment: Assessment) -> str:
         suspicion=SUSPICION,
         close=CLOSE,
         synthetic=is_synthetic(assessment),
-        not_shown=not_shown(assessment),
+        not_shown=not_shown(assessment.not_shown, assessment.manifest),
         patient=[(_label(key), value) for key, value in facts if not key.endswith("_uid")],
         model=_one_line(assessment.manifest.get("model")) or "not recorded",
         manifest=[(_label(key), value) for key, value in facts if key.endswith("_uid")]
@@ -156,15 +156,14 @@ def is_synthetic(assessment: Assessment) -> bool:
     return bool(assessment.study.patient.get("synthetic") or assessment.manifest.get("synthetic"))
 
 
-def not_shown(assessment: Assessment) -> str:
+def not_shown(candidates: Sequence[UnshownCandidate], manifest: Mapping[str, Any]) -> str:
     """What was seen and not marked, in a sentence; "" where there was nothing."""
-    below = assessment.not_shown
-    if not below:
+    if not candidates:
         return ""
-    model = assessment.manifest.get("model")
+    model = manifest.get("model")
     settings = model.get("postprocessing") if isinstance(model, Mapping) else None
     limit = f" of {settings['lesion_likelihood']:.2f}" if settings else ""
-    told = ", ".join(f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({c.likelihood:.2f})" for c in below)
+    told = ", ".join(f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({c.likelihood:.2f})" for c in candidates)
     return f"Below the likelihood{limit} from which findings are shown: {told}."
 
 

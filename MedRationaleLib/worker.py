@@ -96,6 +96,10 @@ class Job:
                 raise InputError(
                     f"Expected as {what} in {path} one of {', '.join(known)}, got {value!r}; start it again."
                 )
+        if job.psa_ng_ml is not None and not job.psa_ng_ml > 0:
+            raise InputError(
+                f"PSA: expected a number above 0 in ng/ml, got {job.psa_ng_ml}; leave it out or correct it."
+            )
         return job
 
 

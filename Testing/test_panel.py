@@ -24,6 +24,12 @@ PLAYED = Path(__file__).with_name("played_worker.py")
 Play = Callable[..., None]
 
 
+@pytest.fixture(autouse=True)
+def module_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slicer has the module's folder on its path before anything of it is imported."""
+    monkeypatch.syspath_prepend(MODULE.parent)
+
+
 @pytest.fixture(scope="module")
 def drawn() -> Assessment:
     """Two findings, a heatmap for every answer that a model gave."""
@@ -139,10 +145,11 @@ def test_names_tell_the_sequence(scene: Any, name: str, sequence: str | None) ->
     from MedRationaleSlicer import inputs
 
     node = slicer.util.addVolumeFromArray(np.ones((4, 5, 6), np.int16), name=name)
-    t2w = slicer.util.addVolumeFromArray(np.ones((3, 5, 6), np.int16), name="t2")
+    if sequence != "t2w":
+        slicer.util.addVolumeFromArray(np.ones((3, 5, 6), np.int16), name="t2")
     found = inputs.suggest()
+    assert found["t2w"] is not None
     assert [s for s in inputs.SEQUENCES if found[s] is node] == ([sequence] if sequence else [])
-    assert found["t2w"] in (node, t2w)
 
 
 def test_dicom_tags_come_before_names(scene: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -187,6 +194,18 @@ def test_of_two_examinations_the_complete_one_is_chosen(scene: Any) -> None:
             nodes[study, name] = node
     found = inputs.suggest()
     assert [found[s] for s in inputs.SEQUENCES] == [nodes["complete", name] for name in ("t2", "adc", "dwi")]
+
+
+def test_two_patients_known_by_name_only_are_not_mixed(
+    scene: Any, play: Play, open_panel: Callable[[Path], Any]
+) -> None:
+    import slicer
+
+    for name in ("a_t2w", "a_dwi", "b_t2w", "b_adc", "b_dwi"):
+        slicer.util.addVolumeFromArray(np.ones((4, 5, 6), np.int16), name=name)
+    panel = open_panel(MODULE)
+    assert "a_t2w, b_t2w may each be the T2W" in panel.ui.choiceLabel.text
+    assert panel.ui.t2wSelector.currentNode() is None and not panel.ui.applyButton.enabled
 
 
 # ---------------------------------------------------------------- a run
@@ -380,19 +399,23 @@ def test_a_step_shows_its_heatmap_over_its_sequence_at_its_hottest_slice(
 
 
 def test_opacity_threshold_and_the_switch_work_on_the_heatmap(
-    panel: Any, run: Callable[[], Any], offscreen_views: Any
+    panel: Any, run: Callable[[], Any], offscreen_views: Any, drawn: Assessment
 ) -> None:
     import slicer
 
     run()
+    panel.ui.findingsTable.selectRow(0)
     select_step(panel, "adc_signal")
     composite = offscreen_views.sliceWidget("Red").mrmlSliceCompositeNode()
     heatmap = slicer.mrmlScene.GetNodeByID(composite.GetForegroundVolumeID())
     panel.ui.opacitySlider.setValue(0.25)
     assert composite.GetForegroundOpacity() == pytest.approx(0.25)
     panel.ui.thresholdSlider.setValue(0.5)
-    top = float(slicer.util.arrayFromVolume(heatmap).max())
+    inside = sitk.GetArrayViewFromImage(drawn.lesions) == 1
+    top = float(slicer.util.arrayFromVolume(heatmap)[inside].max())
     assert heatmap.GetDisplayNode().GetLowerThreshold() == pytest.approx(0.5 * top, abs=0.01)
+    assert heatmap.GetDisplayNode().GetWindowLevelMax() == pytest.approx(top, abs=0.01)
+    assert panel.ui.heatmapCheckBox.text.startswith(f"up to {top:.2f} in the lesion")
     panel.ui.heatmapCheckBox.setChecked(False)
     assert not composite.GetForegroundVolumeID()
 
@@ -452,7 +475,9 @@ def test_an_answer_of_the_reader_changes_the_category_everywhere_and_is_undone(
     segment = results.segmentation.GetSegmentation().GetSegment("lesion-1")
     assert segment.GetName().endswith(f"(PI-RADS {finding.pirads})")
     marked = next(row for row in chain_texts(panel) if "ADC signal" in row[0])
-    assert marked[2] == "reader (was: adc marked hypointense)"
+    assert marked[2] == "reader"
+    model = panel.ui.rationaleTree.model()
+    assert "The model said: markedly hypointense on ADC." in model.index(2, 0).data(3)  # Qt::ToolTipRole
     panel.ui.undoButton.click()
     panel.ui.undoButton.click()
     assert (table_texts(panel), chain_texts(panel)) == (before, chain)
@@ -594,6 +619,61 @@ def test_the_console_needs_three_lines_and_no_window(volumes: dict[str, Any], pl
     assert fractions == sorted(fractions) and fractions[-1] > 0.4
 
 
+def test_a_second_run_shows_its_own_outlines_alone(panel: Any, run: Callable[[], Any]) -> None:
+    run()
+    first = panel.results.current
+    run()
+    second = panel.results.current
+    assert first.node is not second.node
+    shown = [r.segmentation.GetDisplayNode().GetVisibility() for r in (first, second)]
+    assert shown == [0, 1]
+
+
+def test_an_assessment_deleted_by_hand_takes_what_it_hid_with_it(
+    panel: Any, run: Callable[[], Any], new_nodes: Any, wait_until: Callable[..., None]
+) -> None:
+    import slicer
+
+    run()
+    select_step(panel, "adc_signal")
+    results = panel.results.current
+    shown = slicer.mrmlScene.GetSubjectHierarchyNode()
+    hidden = [n for n in slicer.util.getNodesByClass("vtkMRMLNode") if n.GetAttribute("MedRationale.role") == "record"]
+    assert all(shown.GetItemByDataNode(node) == 0 for node in hidden), "the Data module does not list it"
+    shown.RemoveItem(results.folder_item)
+    wait_until(lambda: not [name for name in new_nodes.names() if "record" in name or "evidence" in name.lower()])
+    assert table_texts(panel) == []
+
+
+def test_nothing_is_installed_for_a_script_that_did_not_ask(
+    volumes: dict[str, Any], play: Play, open_panel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from MedRationaleSlicer import installation
+
+    logic = open_panel(MODULE).logic
+    asked = []
+    monkeypatch.setattr(installation, "missing", lambda torch=True: ["torch>=2.5"] if torch else [])
+    monkeypatch.setattr(installation, "_pytorch_extension", lambda: asked.append("torch"))
+    with pytest.raises(RuntimeError, match="torch>=2.5, which are not installed; .* install=True"):
+        logic.process(volumes["t2w"])
+    assert asked == []
+
+
+@pytest.mark.parametrize("what", ["a label map", "no voxels", "text"])
+def test_what_is_no_image_is_refused_with_a_sentence(what: str, scene: Any, play: Play, open_panel: Any) -> None:
+    import slicer
+
+    logic = open_panel(MODULE).logic
+    node: Any = "t2w"
+    if what == "a label map":
+        kind = "vtkMRMLLabelMapVolumeNode"
+        node = slicer.util.addVolumeFromArray(np.ones((4, 5, 6), np.int16), name="labels", nodeClassName=kind)
+    elif what == "no voxels":
+        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "empty")
+    with pytest.raises(RuntimeError, match="T2W: expected"):
+        logic.process(node)
+
+
 def test_a_script_gets_an_exception_with_one_sentence(
     volumes: dict[str, Any], play: Play, open_panel: Any, new_nodes: Any
 ) -> None:
@@ -647,12 +727,13 @@ def test_choices_reach_the_worker(panel: Any, run: Callable[[], Any], monkeypatc
     write = worker.Job.write
     monkeypatch.setattr(worker.Job, "write", lambda job, path: (jobs.append(job), write(job, path)))
     panel.ui.psaSpinBox.setValue(6.5)
+    panel.ui.bValueSpinBox.setValue(1400)
     panel.ui.dceComboBox.setCurrentText("positive")
     panel.ui.deviceComboBox.setCurrentText("cpu")
     run()
     (job,) = jobs
     assert (job.psa_ng_ml, job.dce, job.device, job.model) == (6.5, "positive", "cpu", "compact")
-    assert job.inputs["t2w"].name == "case_t2w"
+    assert job.inputs["t2w"].name == "case_t2w" and job.inputs["dwi"].b_value == 1400
     assert "The last run on this device took" in panel.ui.estimateLabel.text
 
 

@@ -43,6 +43,8 @@ class Suggestion:
     """The volumes suggested for one examination; it is the reader who confirms them."""
 
     chosen: dict[str, Guess] = field(default_factory=dict)
+    unclear: tuple[str, ...] = ()
+    """Names of volumes that may each be the T2W, of which nothing tells the examinations apart."""
 
     def __getitem__(self, sequence: str) -> Any:
         """The node, or None."""
@@ -51,6 +53,11 @@ class Suggestion:
     @property
     def text(self) -> str:
         """What was chosen by what, to be confirmed."""
+        if not self.chosen and self.unclear:
+            return (
+                f"Not chosen: {', '.join(self.unclear)} may each be the T2W of an examination of its own. Choose the "
+                "three volumes yourself, or put each examination's volumes into a folder in the Data module."
+            )
         if not self.chosen:
             return ""
         told = [f"{TITLES[s]} by its {self.chosen[s].source}" for s in SEQUENCES if s in self.chosen]
@@ -60,8 +67,12 @@ class Suggestion:
 
 def suggest() -> Suggestion:
     """The examination of the scene that has most of the three sequences (the latest loaded of equals)."""
-    best = Suggestion()
+    best, unclear = Suggestion(), ()
     for guesses in _by_study().values():
+        t2w = [g for g in guesses if g.sequence == "t2w"]
+        if len(t2w) > 1 and all(g.source == FROM_NAME for g in t2w):  # ADC and DWI of which? they must not be mixed
+            unclear += tuple(g.node.GetName() for g in t2w)
+            continue
         chosen = {}
         for sequence in SEQUENCES:
             fitting = [g for g in guesses if g.sequence == sequence]
@@ -69,7 +80,7 @@ def suggest() -> Suggestion:
                 chosen[sequence] = max(fitting, key=_rank)
         if "t2w" in chosen and len(chosen) >= len(best.chosen):
             best = Suggestion(chosen)
-    return best
+    return best if best.chosen else Suggestion(unclear=unclear)
 
 
 def b_value(node: Any) -> float | None:

@@ -19,18 +19,30 @@ TORCH_GB, OTHERS_GB = "0.2 GB for the CPU, 2 to 3 GB for an NVIDIA GPU", "0.1 GB
 """Downloads, as PyPI and PyTorch's index had them in 2026."""
 
 
-def missing() -> list[str]:
-    """Requirements that are not installed, or too old: those of the file, and torch."""
+def missing(torch: bool = True) -> list[str]:
+    """Requirements that are not installed, or too old: those of the file, and torch unless it is not needed."""
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     wanted = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [requirement for requirement in (f"torch{TORCH}", *wanted) if not _installed(requirement)]
+    wanted = [f"torch{TORCH}", *wanted] if torch else wanted
+    return [requirement for requirement in wanted if not _installed(requirement)]
 
 
-def ensure_installed(ask: bool = True) -> None:
-    """Install what is missing, after asking. Raises RuntimeError with one sentence where that is not to be."""
-    wanted = missing()
+def ensure_installed(ask: bool = True, *, install: bool = True, torch: bool = True) -> None:
+    """Install what is missing, after asking. Raises RuntimeError with one sentence where that is not to be.
+
+    Args:
+        ask: before installing; a script says `install` instead.
+        install: False only checks.
+        torch: whether it is needed, too: reading a folder does without.
+    """
+    wanted = missing(torch)
     if not wanted:
         return
+    if not install:
+        raise RuntimeError(
+            _("Expected the Python packages {packages}, which are not installed; press Apply in the panel once, or "
+              "call with install=True.").format(packages=", ".join(wanted))
+        )  # fmt: skip
     rest = [requirement for requirement in wanted if not requirement.startswith("torch")]
     # Before anything is asked and gigabytes are downloaded.
     pytorch = _pytorch_extension() if len(rest) < len(wanted) else None
@@ -49,7 +61,7 @@ def ensure_installed(ask: bool = True) -> None:
         _install_torch(pytorch)
     if pip_ensure is not None:
         _install(pip_ensure, rest)
-    still = missing()
+    still = missing(torch)
     if still:
         raise RuntimeError(
             _(

@@ -58,8 +58,17 @@ def role(name: str) -> str:
     return f"MedRationale.{name}"
 
 
-def text_node(name: str, role: str, made: list[Any]) -> Any:
-    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTextNode", name)
+def new_node(kind: str, name: str, hidden: bool = False) -> Any:
+    """A node of the scene; one that is hidden only later would keep its item in the subject hierarchy."""
+    node = slicer.mrmlScene.CreateNodeByClass(kind)
+    node.UnRegister(None)
+    node.SetName(slicer.mrmlScene.GenerateUniqueName(name))
+    node.SetHideFromEditors(hidden)
+    return slicer.mrmlScene.AddNode(node)
+
+
+def text_node(name: str, role: str, made: list[Any], hidden: bool = False) -> Any:
+    node = new_node("vtkMRMLTextNode", name, hidden)
     node.SetAttribute(ROLE, role)
     made.append(node)
     return node
@@ -164,7 +173,10 @@ def to_world(node: Any) -> np.ndarray:
     """(4, 4) from a node's own RAS to the world's: its linear transforms."""
     transform = node.GetParentTransformNode() if node is not None else None
     matrix = vtk.vtkMatrix4x4()
-    if transform is not None and not transform.GetMatrixTransformToWorld(matrix):
+    # Asked first: GetMatrixTransformToWorld of a deformable transform reports an error on VTK's window.
+    if transform is not None and not (
+        transform.IsTransformToWorldLinear() and transform.GetMatrixTransformToWorld(matrix)
+    ):
         raise RuntimeError(
             f"Expected {node.GetName()} as acquired or under a linear transform, got a deformable one; harden it or "
             "choose the original volume."

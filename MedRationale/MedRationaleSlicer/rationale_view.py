@@ -74,7 +74,7 @@ class RationaleChain:
         self._model.setHorizontalHeaderLabels([_("Step"), _("Answer"), _("Source"), _("Similarity, or measured")])
         questions = [step for step in finding.rationale if step.node in tree.nodes] if finding else []
         for number, step in enumerate(questions, start=1):
-            row = self._row(number, step, tree.nodes[step.node].question, _contradicted(finding, tree, step))
+            row = self._row(number, step, tree, _contradicted(finding, tree, step))
             self._model.appendRow(row)
             for other in step.runners_up:
                 text = tree.bank[other.concept].text if other.concept in tree.bank else other.concept
@@ -85,15 +85,17 @@ class RationaleChain:
             self._view.resizeColumnToContents(column)
         self._filling = False
 
-    def _row(self, number: int, step: RationaleStep, question: str, contradiction: str | None) -> list[Any]:
-        color = CHANGED if step.overridden or step.source == "reader" else DOUBTFUL if contradiction else TAKEN
+    def _row(self, number: int, step: RationaleStep, tree: Any, contradiction: str | None) -> list[Any]:
+        given = step.source == "reader" and step.concept != tree.nodes[step.node].default
+        color = CHANGED if step.overridden or given else DOUBTFUL if contradiction else TAKEN
         answer = f"⚠ {step.text}" if contradiction else step.text
-        source = sources()[step.source]
-        if step.overridden:
-            source = _("reader (was: {before})").format(before=step.overridden.replace("_", " "))
+        source = sources()[step.source] if step.source != "reader" or step.overridden or given else _("not given")
         name = f"{number}. {in_words(step.node)}"
         items = _items([name, answer, source, step.measurement or _similarity(step.similarity)], color, step.node)
-        told = [question, *([contradiction] if contradiction else [])]
+        told = [tree.nodes[step.node].question, *([contradiction] if contradiction else [])]
+        if step.overridden:
+            before = tree.bank[step.overridden].text if step.overridden in tree.bank else step.overridden
+            told.append(_("The model said: {before}.").format(before=before))
         if step.weakened_by:
             told.append(_("Weaker: {missing} missing.").format(missing=", ".join(step.weakened_by).upper()))
         for item in items:

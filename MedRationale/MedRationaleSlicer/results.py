@@ -7,7 +7,9 @@ said, and every heatmap, are kept in two hidden nodes: a saved scene has all of 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from MedRationaleSlicer.nodes import (
     heat_colors,
     ijk_to_ras,
     into_folder,
+    new_node,
     remove_node,
     role,
     segment_mask,
@@ -38,11 +41,21 @@ from MedRationaleSlicer.steps import Steps
 if TYPE_CHECKING:
     from MedRationaleLib.assessment import Assessment, Finding
 
-CONCEPT, TOP = "MedRationale.concept", "MedRationale.top"
-"""Attributes of a heatmap: the concept's id, and its highest heat."""
+CONCEPT = "MedRationale.concept"
+"""Attribute of a heatmap: the concept's id."""
 FULL = 255
 """Heatmaps are kept as 8 bit: steps of 1/255 are finer than anything they mean."""
 LESION_OPACITY, REST_OPACITY = 1.0, 0.35
+
+
+@dataclass(frozen=True)
+class Hottest:
+    """A heatmap's highest heat."""
+
+    ras: tuple[float, float, float]
+    """Where in the lesion, RAS mm in the world."""
+    in_lesion: float
+    anywhere: float
 
 
 class Results:
@@ -84,8 +97,7 @@ class Results:
             made.append(segmentation)
             _beside(segmentation, t2w)
             yield
-            record = text_node(f"{title} MedRationale record", "record", made)
-            record.SetHideFromEditors(True)
+            record = text_node(f"{title} MedRationale record", "record", made, hidden=True)
             kept = {"assessment": data, "manifest": manifest, "evidence": list(data["evidence"]), "overrides": []}
             record.SetText(json.dumps(kept))
             node = text_node(f"{title} assessment", "assessment", made)
@@ -95,9 +107,8 @@ class Results:
             for name, reference in (("record", record), ("segmentation", segmentation), ("table", table)):
                 node.SetNodeReferenceID(role(name), reference.GetID())
             if stack is not None:
-                evidence = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", f"{title} evidence")
+                evidence = new_node("vtkMRMLScalarVolumeNode", f"{title} evidence", hidden=True)
                 evidence.SetAttribute(ROLE, "evidence")
-                evidence.SetHideFromEditors(True)
                 made.append(evidence)
                 slicer.util.updateVolumeFromArray(evidence, stack)
                 evidence.SetIJKToRASMatrix(matrix)
@@ -123,8 +134,8 @@ class Results:
     def remove(self) -> None:
         """Take it out of the scene, with its heatmaps and its folder."""
         folder = self.folder_item
-        nodes = [self._reference(name) for name in ("record", "segmentation", "table", "evidence")]
-        for node in (*self._heatmaps(), *nodes, self.node):
+        nodes = [self._reference(name) for name in ("segmentation", "table")]
+        for node in (*hidden_nodes(self.node), *nodes, self.node):
             if node is not None:
                 remove_node(node)
         if folder:
@@ -237,24 +248,28 @@ class Results:
             return made
         text = next(s.text for f in self.findings_of_model() for s in f.rationale if s.evidence == concept)
         node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", f"Evidence: {text}")
-        heat = self._heat(concept)
-        slicer.util.updateVolumeFromArray(node, heat)
+        slicer.util.updateVolumeFromArray(node, self._heat(concept))
         matrix = vtk.vtkMatrix4x4()
         stack.GetIJKToRASMatrix(matrix)
         node.SetIJKToRASMatrix(matrix)
         node.SetAttribute(ROLE, "heatmap")
         node.SetAttribute(CONCEPT, concept)
-        node.SetAttribute(TOP, f"{max(float(heat.max()), 1 / FULL):.4f}")
         self.node.AddNodeReferenceID(role("heatmap"), node.GetID())
         node.CreateDefaultDisplayNodes()
         display = node.GetDisplayNode()
         display.SetAndObserveColorNodeID(heat_colors().GetID())
         display.AutoWindowLevelOff()
-        display.SetWindowLevelMinMax(0.0, float(node.GetAttribute(TOP)))
         display.SetInterpolate(True)
         _beside(node, self.input("t2w"))
         into_folder(node, self.folder_item)
         return node
+
+    def not_shown(self) -> str:
+        """What is below the threshold, in a sentence; "" where there is nothing."""
+        from MedRationaleLib.report import not_shown
+        from MedRationaleLib.serialization import not_shown_of
+
+        return not_shown(not_shown_of(self._record["assessment"]), self._record["manifest"])
 
     def findings_of_model(self) -> tuple[Finding, ...]:
         """Before any change by the reader."""
@@ -262,19 +277,18 @@ class Results:
 
         return findings_of(self._record["assessment"])
 
-    def hottest(self, concept: str, within: str | None = None) -> tuple[float, float, float] | None:
-        """RAS point of a heatmap's maximum, in the segment `within` where that has any heat."""
+    def hottest(self, concept: str | None, finding: str) -> Hottest | None:
+        """Where a concept's heatmap is hottest in a lesion; None where it has no heatmap, or a node of it is gone."""
         stack = self._reference("evidence")
-        if stack is None or concept not in self._record["evidence"]:
+        if None in (stack, self.segmentation, self.input("t2w")) or concept not in self._record["evidence"]:
             return None
         heat = self._heat(concept)
-        if within and self.segmentation is not None and self.input("t2w") is not None:
-            inside = heat * self._mask(within)
-            heat = inside if inside.any() else heat
-        k, j, i = np.unravel_index(int(heat.argmax()), heat.shape)
+        inside = heat * self._mask(finding)
+        k, j, i = np.unravel_index(int(inside.argmax()), heat.shape)
         matrix = vtk.vtkMatrix4x4()
         stack.GetIJKToRASMatrix(matrix)
-        return self.world(matrix.MultiplyPoint((float(i), float(j), float(k), 1.0))[:3])
+        ras = self.world(matrix.MultiplyPoint((float(i), float(j), float(k), 1.0))[:3])
+        return Hottest(ras=ras, in_lesion=float(inside.max()), anywhere=float(heat.max()))
 
     def world(self, ras: Sequence[float]) -> tuple[float, float, float]:
         """A RAS point of the T2W, where its transform puts it."""
@@ -375,7 +389,7 @@ class Results:
         t2w = self.input("t2w")
         item = shown.GetItemByDataNode(t2w) if t2w is not None else 0
         parent = study_item(shown, item) if item else shown.GetSceneItemID()
-        folder = shown.CreateFolderItem(parent, f"MedRationale: {title}")
+        folder = shown.CreateFolderItem(parent, f"MedRationale: {title}, {time.strftime('%H:%M:%S')}")
         for node in (self.node, self._reference("table"), self.segmentation):
             into_folder(node, folder)
 
@@ -403,3 +417,11 @@ def _tree(name: str) -> Any:
 def _beside(node: Any, t2w: Any) -> None:
     """Under the T2W's transform, so that it stays where the T2W is."""
     node.SetAndObserveTransformNodeID(t2w.GetTransformNodeID() if t2w is not None else None)
+
+
+def hidden_nodes(node: Any) -> list[Any]:
+    """What an assessment's text node keeps out of sight, and its heatmaps."""
+    roles = ("record", "evidence", "heatmap")
+    references = [(role(r), n) for r in roles for n in range(node.GetNumberOfNodeReferences(role(r)))]
+    found = (node.GetNthNodeReference(name, index) for name, index in references)
+    return [each for each in found if each is not None]

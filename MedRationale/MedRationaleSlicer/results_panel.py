@@ -10,7 +10,10 @@ from slicer.i18n import tr as _
 
 from MedRationaleSlicer import installation, views
 from MedRationaleSlicer.rationale_view import FindingsTable, RationaleChain
-from MedRationaleSlicer.results import TOP, Results
+from MedRationaleSlicer.results import Results
+
+FAINTEST = 0.02
+"""Heat that is drawn in the brightest colour at least, as in the report: less is next to nothing."""
 
 
 class ResultsPanel:
@@ -60,16 +63,35 @@ class ResultsPanel:
         self.chain.show(chosen, tree, node.step if node is not None else "")
         self.ui.exportButton.enabled = results is not None
         self.ui.show3DCheckBox.enabled = results is not None
+        self._showAlone(results)
         self.ui.undoButton.enabled = results is not None and bool(results.overrides)
         data = results.data if results is not None else None
         self.ui.volumesLabel.text = _volumes(data) if data else ""
         notes = dict.fromkeys((*data["study"]["warnings"], *data["warnings"])) if data else {}
-        self.ui.warningsLabel.text = "\n".join(f"⚠ {note}" for note in notes)
+        below = [results.not_shown()] if results is not None and results.not_shown() else []
+        self.ui.warningsLabel.text = "\n".join([*(f"⚠ {note}" for note in notes), *below])
         self.ui.findingLabel.text = _heading(chosen) if chosen is not None else ""
         self.ui.contradictionsLabel.text = (
             "\n".join(f"⚠ {text}" for text in chosen.contradictions) if chosen is not None else ""
         )
         self._showAnswers(chosen, tree)
+
+    def _showAlone(self, results: Results | None) -> None:
+        """The outlines of what is shown, and not of another run on the same slices."""
+        if results is None:
+            return
+        for other in Results.in_scene():
+            display = other.segmentation.GetDisplayNode() if other.segmentation is not None else None
+            if display is not None:
+                display.SetVisibility(other.node is results.node)
+        display = results.segmentation.GetDisplayNode() if results.segmentation is not None else None
+        self.ui.show3DCheckBox.blockSignals(True)
+        self.ui.show3DCheckBox.checked = bool(
+            display is not None
+            and display.GetVisibility3D()
+            and results.segmentation.GetSegmentation().ContainsRepresentation("Closed surface")
+        )
+        self.ui.show3DCheckBox.blockSignals(False)
 
     def _showAnswers(self, finding: Any, tree: Any) -> None:
         """The question of the selected step, and its possible answers."""
@@ -102,9 +124,9 @@ class ResultsPanel:
         if results is None:
             return
         chosen = self._step(results)
-        point = results.hottest(chosen.evidence, self._parameterNode.finding) if chosen and chosen.evidence else None
-        if point is not None:
-            views.jump(point)
+        hottest = results.hottest(chosen.evidence, self._parameterNode.finding) if chosen else None
+        if hottest is not None and hottest.in_lesion > 0:
+            views.jump(hottest.ras)
 
     def _step(self, results: Results) -> Any:
         node = self._parameterNode
@@ -119,8 +141,18 @@ class ResultsPanel:
         step = self._step(results)
         heatmap = results.heatmap(step.evidence) if step is not None and node.showHeatmap else None
         background = results.background(step) if step is not None else results.input("t2w")
+        hottest = results.hottest(step.evidence, node.finding) if heatmap is not None else None
+        text = _("show the evidence of the selected step")
         if heatmap is not None:
-            views.set_threshold(heatmap, node.threshold, float(heatmap.GetAttribute(TOP)))
+            top = max(hottest.in_lesion if hottest is not None else 0.0, FAINTEST)
+            views.scale(heatmap, node.threshold, top)
+        if hottest is not None:
+            text = _("up to {inside:.2f} in the lesion (brightest colour), {anywhere:.2f} anywhere").format(
+                inside=hottest.in_lesion, anywhere=hottest.anywhere
+            )
+        elif step is not None and step.evidence is None:
+            text = _("{text} (this answer has none)").format(text=text)
+        self.ui.heatmapCheckBox.text = text
         views.show(background, heatmap, node.opacity)
 
     def onShow3D(self, checked: bool) -> None:
@@ -167,7 +199,8 @@ class ResultsPanel:
 
     def onUndo(self, checked: bool = False) -> None:
         """Take the reader's last change back."""
-        self.current.undo()
+        if self.current is not None:
+            self.current.undo()
         self.refresh(again=True)
 
 

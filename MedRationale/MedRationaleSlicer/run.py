@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
@@ -18,6 +19,11 @@ from MedRationaleSlicer.results import Results
 from MedRationaleSlicer.steps import Stepper, Steps, exhaust
 from MedRationaleSlicer.worker import JOB_FILE, Launch, Outcome, Worker
 
+SHOWING = (
+    "scipy.ndimage", "yaml", "jsonschema", "jinja2", "PIL.Image", "skimage.measure", "MedRationaleLib.decision_tree",
+    "MedRationaleLib.report", "MedRationaleLib.serialization",
+)  # fmt: skip
+"""What showing results imports."""
 WORKER_SHARE = (0.05, 0.90)
 """Part of the whole time that is over when the worker starts, and when it is done."""
 
@@ -57,6 +63,7 @@ class Task:
         self._launch = launch
         self._folder: Path | None = None
         self._part: Stepper | Worker | None = None
+        self._meanwhile: Stepper | None = None
         self.running = False
 
     def before(self) -> Steps[None]:
@@ -66,6 +73,10 @@ class Task:
     def after(self, message: dict[str, Any]) -> Steps[Any]:
         """Brings what the worker has made into the scene."""
         raise NotImplementedError
+
+    def meanwhile(self) -> Steps[None]:
+        """What can be done here while the worker works."""
+        yield
 
     @property
     def folder(self) -> Path:
@@ -110,6 +121,7 @@ class Task:
             self._fail(error)
         else:
             self._part = worker
+            self._meanwhile = Stepper(self.meanwhile(), lambda _: None, lambda error: logging.warning("%s", error))
 
     def _worker_ended(self, outcome: Outcome) -> None:
         if outcome.done is None:
@@ -136,7 +148,9 @@ class Task:
         self._failed(sentence)
 
     def _clear(self) -> None:
-        self.running, self._part = False, None
+        if self._meanwhile is not None:
+            self._meanwhile.cancel()
+        self.running, self._part, self._meanwhile = False, None, None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -147,6 +161,11 @@ class AssessTask(Task):
 
     def __init__(self, request: Request, **options: Any) -> None:
         super().__init__(**options)
+        for name, node in request.inputs.items():
+            if not (hasattr(node, "IsA") and node.IsA("vtkMRMLScalarVolumeNode")) or node.GetScene() is None:
+                raise RuntimeError(f"{TITLES[name]}: expected a scalar volume of the scene, got {node!r:.60}.")
+            if node.IsA("vtkMRMLLabelMapVolumeNode"):
+                raise RuntimeError(f"{TITLES[name]}: expected an image, got the label map {node.GetName()}.")
         self._request = request
         self._ids = {name: node.GetID() for name, node in request.inputs.items() if node is not None}
 
@@ -163,7 +182,7 @@ class AssessTask(Task):
             self.progress(f"writing {TITLES[name]}", WORKER_SHARE[0] * index / len(self._ids))
             yield
             node = slicer.mrmlScene.GetNodeByID(node_id)
-            if node is None or node.GetImageData() is None:
+            if node is None or node.GetImageData() is None or node.GetImageData().GetPointData().GetScalars() is None:
                 raise RuntimeError(f"{TITLES[name]}: expected a volume with voxels, got none; choose another.")
             path = self.folder / f"{name}.nrrd"
             sitk.WriteImage(volume_image(node, t2w), str(path))
@@ -180,6 +199,12 @@ class AssessTask(Task):
             dce=request.dce,
             psa_ng_ml=request.psa,
         ).write(self.folder / JOB_FILE)
+
+    def meanwhile(self) -> Steps[None]:
+        """The first import of these takes longer than a window may stand still, were it done all at once."""
+        for name in SHOWING:
+            importlib.import_module(name)
+            yield
 
     def after(self, message: dict[str, Any]) -> Steps[Results]:
         inputs = {name: slicer.mrmlScene.GetNodeByID(node_id) for name, node_id in self._ids.items()}

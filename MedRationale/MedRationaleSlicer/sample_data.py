@@ -29,7 +29,7 @@ def register() -> None:
 
 def load_phantom() -> dict[str, Any]:
     """Draw the phantom and load it: {"t2w": node, "adc": node, "dwi": node}."""
-    installation.ensure_installed()
+    installation.ensure_installed(torch=False)
     from MedRationaleLib.phantom import write_phantom
 
     with tempfile.TemporaryDirectory() as folder:

@@ -47,8 +47,9 @@ def jump(ras: Sequence[float]) -> None:
     slicer.vtkMRMLSliceNode.JumpAllSlices(slicer.mrmlScene, *ras, slicer.vtkMRMLSliceNode.OffsetJumpSlice)
 
 
-def set_threshold(heatmap: Any, fraction: float, top: float) -> None:
-    """Hide what is below this fraction of the heatmap's highest heat."""
+def scale(heatmap: Any, threshold: float, top: float) -> None:
+    """Draw heat from 0 to `top`, and hide what is below this fraction of it."""
     display = heatmap.GetDisplayNode()
-    display.SetThreshold(fraction * top, max(top, 1.0))
-    display.SetApplyThreshold(fraction > 0)
+    display.SetWindowLevelMinMax(0.0, top)
+    display.SetThreshold(threshold * top, 1.0)
+    display.SetApplyThreshold(threshold > 0)

@@ -38,7 +38,9 @@ class ctkCollapsibleButton(QtWidgets.QAbstractButton):
         return QtCore.QSize(inside.width(), max(HEADER_HEIGHT, inside.height()))
 
     def minimumSizeHint(self) -> Any:
-        return self.sizeHint()
+        layout = QtWidgets.QWidget.layout(self)
+        inside = layout.minimumSize() if layout is not None and not self._collapsed else QtCore.QSize(0, 0)
+        return QtCore.QSize(inside.width(), max(HEADER_HEIGHT, inside.height()))
 
     def hitButton(self, position: Any) -> bool:
         return position.y() < HEADER_HEIGHT
