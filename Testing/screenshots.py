@@ -13,8 +13,8 @@ from phantom_session import ROOT, Session, phantom_session
 from PIL import Image, ImageDraw, ImageFont
 
 FOLDER = ROOT / "Resources" / "Screenshots"
-VIEW = 540
-PANEL = (560, 1090)
+VIEW = 553
+PANEL = (560, 1110)
 STEP = "adc_signal"
 LABEL = "synthetic phantom, drawn by a computer"
 

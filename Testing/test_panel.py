@@ -433,11 +433,11 @@ def test_the_chain_says_answers_similarities_and_sources(panel: Any, run: Callab
     texts = chain_texts(panel)
     steps = [s for s in drawn.findings[0].rationale if s.node != "pirads"]
     assert [row[1] for row in texts] == [s.text for s in steps]
-    assert [row[2] for row in texts[:3]] == ["model", "measured", "model"]
-    assert texts[0][0] == "1. Lesion presence" and texts[1][3] == steps[1].measurement
+    assert [row[3] for row in texts[:3]] == ["model", f"measured: {steps[1].measurement}", "model"]
+    assert texts[0][0] == "1. Lesion presence" and texts[2][2] == f"{steps[2].similarity:.2f}".replace("-", "−")
     model = panel.ui.rationaleTree.model()
     runner_up = steps[2].runners_up[0]
-    assert model.index(0, 3, model.index(2, 0)).data() == f"{runner_up.similarity:.2f}".replace("-", "−")
+    assert model.index(0, 2, model.index(2, 0)).data() == f"{runner_up.similarity:.2f}".replace("-", "−")
 
 
 def test_the_picture_shows_heat_over_the_lesion(
@@ -475,7 +475,7 @@ def test_an_answer_of_the_reader_changes_the_category_everywhere_and_is_undone(
     segment = results.segmentation.GetSegmentation().GetSegment("lesion-1")
     assert segment.GetName().endswith(f"(PI-RADS {finding.pirads})")
     marked = next(row for row in chain_texts(panel) if "ADC signal" in row[0])
-    assert marked[2] == "reader"
+    assert marked[3] == "reader"
     model = panel.ui.rationaleTree.model()
     assert "The model said: markedly hypointense on ADC." in model.index(2, 0).data(3)  # Qt::ToolTipRole
     panel.ui.undoButton.click()
@@ -527,7 +527,7 @@ def test_an_answer_that_leads_to_another_question_asks_it(
     dialogs.answer("another question", linear)
     answer(panel, "adc_marked_hypointense")
     told = {row[0].split(". ")[1]: row for row in chain_texts(panel)}
-    assert told["Diffusion pattern"][2] == "reader" and "linear" in told["Diffusion pattern"][1]
+    assert told["Diffusion pattern"][3] == "reader" and "linear" in told["Diffusion pattern"][1]
     panel.ui.undoButton.click()
     assert chain_texts(panel) == before
 

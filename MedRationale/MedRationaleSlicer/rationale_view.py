@@ -71,14 +71,14 @@ class RationaleChain:
         """The path of `finding` through the DecisionTree `tree`, with the step of the node `chosen` marked."""
         self._filling = True
         self._model.clear()
-        self._model.setHorizontalHeaderLabels([_("Step"), _("Answer"), _("Source"), _("Similarity, or measured")])
+        self._model.setHorizontalHeaderLabels([_("Step"), _("Answer"), _("Similarity"), _("Source")])
         questions = [step for step in finding.rationale if step.node in tree.nodes] if finding else []
         for number, step in enumerate(questions, start=1):
             row = self._row(number, step, tree, _contradicted(finding, tree, step))
             self._model.appendRow(row)
             for other in step.runners_up:
                 text = tree.bank[other.concept].text if other.concept in tree.bank else other.concept
-                row[0].appendRow(_items(["", text, "", _similarity(other.similarity)], GREY, step.node))
+                row[0].appendRow(_items(["", text, _similarity(other.similarity), ""], GREY, step.node))
             if step.node == chosen:
                 self._view.setCurrentIndex(row[0].index())
         for column in range(4):
@@ -91,7 +91,8 @@ class RationaleChain:
         answer = f"⚠ {step.text}" if contradiction else step.text
         source = sources()[step.source] if step.source != "reader" or step.overridden or given else _("not given")
         name = f"{number}. {in_words(step.node)}"
-        items = _items([name, answer, source, step.measurement or _similarity(step.similarity)], color, step.node)
+        source = f"{source}: {step.measurement}" if step.measurement else source
+        items = _items([name, answer, _similarity(step.similarity), source], color, step.node)
         told = [tree.nodes[step.node].question, *([contradiction] if contradiction else [])]
         if step.overridden:
             before = tree.bank[step.overridden].text if step.overridden in tree.bank else step.overridden
