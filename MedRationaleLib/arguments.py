@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from MedRationaleLib import __version__
 from MedRationaleLib.errors import InputError
@@ -33,6 +33,23 @@ all of them, named <patient>_<study>_t2w.mha and so on. A manifest.csv has the c
 b_value, or case, or dicom; its paths are relative to it. Results are in OUTPUT/<id>/, and all findings in
 OUTPUT/summary.csv. An examination that fails is recorded there, and the next one's turn comes."""
 
+MODEL_HELP = """Models: which there are, what they are made of, whether they are whole; or a new one of others' weights.
+
+  medrationale model list [FOLDER ...]        the shipped models, and those in folders given
+  medrationale model info NAME                sizes, provenance, terms, figures
+  medrationale model verify NAME              hash, shapes, values, concepts and stored embeddings
+  medrationale model import --medsam medsam_vit_b.pth --biomedclip hub --out models/medsam_biomedclip
+
+NAME is a shipped model or a model folder."""
+
+IMPORT_HELP = """Make a model folder of MedSAM's (or SAM's) ViT-B weights and BiomedCLIP's text tower.
+
+  medrationale model import --medsam medsam_vit_b.pth --biomedclip BiomedCLIP/ --out models/medsam_biomedclip
+  medrationale model import --medsam medsam_vit_b.pth --biomedclip hub --out models/medsam_biomedclip
+
+It is where fine-tuning starts (`medrationale-train fit --initial FOLDER --config Training/configs/paper.yaml`); before
+that it finds nothing and explains nothing. Needs the packages of the train extra."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -56,11 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show log messages, and the traceback of an error")
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="{predict,batch,phantom,doctor}"
+        title="commands", dest="command", required=True, metavar="{predict,batch,phantom,model,doctor}"
     )
 
-    def command(name: str, help: str, description: str | None = None) -> _Parser:
-        return commands.add_parser(
+    def command(name: str, help: str, description: str | None = None, among: Any = commands) -> _Parser:
+        return among.add_parser(
             name, help=help, description=description or f"{help[0].upper()}{help[1:]}.", parents=[common],
             formatter_class=raw, epilog=EXIT_CODES, allow_abbrev=False,
         )  # fmt: skip
@@ -109,6 +126,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images and the truth")
     sub.add_argument("--seed", type=_natural, default=0, metavar="N", help="another number, another patient (0)")
     sub.add_argument("--quiet", action="store_true", help="print nothing")
+
+    sub = command("model", "list, inspect, verify and import models", MODEL_HELP)
+    actions = sub.add_subparsers(title="actions", dest="action", required=True, metavar="{list,info,verify,import}")
+    sub = command("list", "show the models that are there", among=actions)
+    sub.add_argument(
+        "folders", type=Path, nargs="*", metavar="FOLDER", help="model folder, or folder of model folders, to show too"
+    )
+    sub = command("info", "show what a model is made of", among=actions)
+    sub.add_argument("model", metavar="NAME", help="shipped model or model folder")
+    sub = command("verify", "check that a model is whole; exit code 2 where it is not", among=actions)
+    sub.add_argument("model", metavar="NAME", help="shipped model or model folder")
+    sub = command("import", "make a model folder of published weights", IMPORT_HELP, among=actions)
+    sub.add_argument(
+        "--medsam", type=Path, required=True, metavar="FILE",
+        help="medsam_vit_b.pth or sam_vit_b_01ec64.pth, or a ViT-B trained on from them, in segment_anything's names",
+    )  # fmt: skip
+    sub.add_argument(
+        "--biomedclip", required=True, metavar="DIR|hub",
+        help="folder with open_clip_config.json, open_clip_pytorch_model.bin and the tokenizer's files; "
+        "or hub, which fetches them (0.8 GB) from huggingface.co",
+    )  # fmt: skip
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
+    sub.add_argument(
+        "--pixels", type=_natural, default=1024, metavar="N",
+        help="input size, a multiple of 16; positions are interpolated for others than the file's (1024)",
+    )  # fmt: skip
+    sub.add_argument("--quiet", action="store_true", help="print the path of the model alone")
     command("doctor", "say what is installed, which devices and models there are, and what is wrong")
     return parser
 

@@ -1,4 +1,4 @@
-"""`medrationale predict | batch | phantom | doctor`: what each command does, with failures turned into one sentence.
+"""`medrationale predict | batch | phantom | model | doctor`: what each command does, with failures in one sentence.
 
 What is slow to import is imported by the command that needs it, so that `--help` answers at once.
 """
@@ -169,6 +169,13 @@ def phantom(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) 
     return 0
 
 
+def model(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) -> int:
+    """List, inspect, verify or import models."""
+    from MedRationaleLib.model_cli import ACTIONS
+
+    return ACTIONS[args.action](args)
+
+
 def doctor(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) -> int:
     """Say what is installed; exit code 1 where predict cannot run."""
     from MedRationaleLib.console import console_for
@@ -183,6 +190,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Sequence[str], Loader | None],
     "predict": predict,
     "batch": batch,
     "phantom": phantom,
+    "model": model,
     "doctor": doctor,
 }
 

@@ -56,6 +56,11 @@ class Concept:
         """All phrasings that hold in a zone; with None, those that hold in any."""
         return self.phrasings + (tuple(self.phrasings_by_zone.get(zone, ())) if zone else ())
 
+    @property
+    def all_phrasings(self) -> tuple[str, ...]:
+        """Every phrasing once, those of one zone included."""
+        return tuple(dict.fromkeys(text for zone in ZONES for text in self.phrasings_for(zone)))
+
 
 class ConceptBank(Mapping[str, Concept]):
     """All concepts of one organ by their id, in the order of the file."""

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -29,8 +37,12 @@ STAGES = {
     "evidence": "drawing the evidence",
     "write": "writing the results",
     "phantom": "drawing the phantom",
+    "medsam": "reading the image encoder",
+    "biomedclip": "reading the text tower",
+    "embed": "embedding the concepts",
+    "verify": "reading all weights",
 }
-"""Stage -> what is shown of it, in the order in which predict comes through them."""
+"""Stage -> what is shown of it, in the order in which predict comes through them; then those of other commands."""
 PLAIN_WIDTH = 200
 """Characters a line where the output is no terminal, so that no row of a table is folded."""
 
@@ -158,6 +170,37 @@ def show_stages(quiet: bool) -> Iterator[Stages]:
             stages.lap()
             for task in seen.values():
                 bars.update(task, total=1.0, completed=1.0)
+
+
+@contextmanager
+def show_transfer(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of files being fetched, told as (file, bytes there, bytes in all): bars in a terminal, else a line at
+    every tenth; nothing where it is to be quiet."""
+    if quiet:
+        yield lambda name, done, total: None
+        return
+    if not sys.stderr.isatty():
+        told: dict[str, int] = {}
+
+        def show_line(name: str, done: int, total: int) -> None:
+            tenths = 10 * done // max(total, 1)
+            if tenths > told.get(name, -1) and (total > 1e6 or done == total):
+                told[name] = tenths
+                sys.stderr.write(f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB\n")
+                sys.stderr.flush()
+
+        yield show_line
+        return
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console_for(sys.stderr)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show_bar(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield show_bar
 
 
 def show_profile(seconds: dict[str, float], console: Console) -> None:

@@ -187,7 +187,7 @@ class Predictor:
         report("evidence", 0.0)
         with clock.time("evidence"):
             evidence = self._evidence(findings, prediction, study, report)
-        warnings = list(study.warnings)
+        warnings = [*([self.checkpoint.warning] if self.checkpoint.warning else []), *study.warnings]
         if gland is None:
             warnings.append("No prostate was found in the images; nothing else could be assessed.")
         elif not FOUND_ML <= gland.volume_ml <= LARGEST_ML:

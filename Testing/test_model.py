@@ -333,7 +333,7 @@ def damage_missing_tensor(folder: Path) -> None:
         (damage_missing_config, "found neither"),
         (damage_broken_config, "cannot be read"),
         (damage_foreign_config, "cannot be read"),
-        (damage_other_format, "format 1, got 99"),
+        (damage_other_format, "format 2 or earlier, got 99"),
         (damage_impossible_sizes, "heads must divide embed_dim"),
         (damage_wrong_shape, "of another shape"),
         (damage_missing_tensor, "1 missing (such as f_img.pos_embed)"),

@@ -22,7 +22,8 @@ class TextConfig:
     context_length: int = 32
     """Tokens; BiomedCLIP has 256."""
     folder: str | None = None
-    """"biomedclip": local folder with config.json and the tokenizer's files; None builds the architecture only."""
+    """"biomedclip": local folder with config.json and the tokenizer's files, stored relative to the model folder; None
+    builds the architecture only."""
 
 
 @dataclass(frozen=True, kw_only=True)

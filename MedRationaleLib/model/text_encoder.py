@@ -1,13 +1,17 @@
-"""f_txt: an open_clip text tower and its tokenizer. Needed for training only; inference reads stored embeddings."""
+"""f_txt: an open_clip text tower and its tokenizer. Training and import need it; inference reads stored embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from MedRationaleLib.concepts import ConceptBank
+from MedRationaleLib.errors import InputError
 from MedRationaleLib.model.config import TextConfig
 from MedRationaleLib.model.torchvision_guard import ensure_torchvision
 
@@ -47,29 +51,19 @@ class TextEncoder(nn.Module):
                 output_dim=shared_dim,
             )
         else:
-            from open_clip.hf_model import HFTextEncoder
-            from transformers import BertConfig
-
+            given: Any = None
+            self._tokenizer = None
             if config.folder is not None:
-                from transformers import AutoTokenizer
-
-                bert = BertConfig.from_pretrained(config.folder)
-                self._tokenizer = AutoTokenizer.from_pretrained(str(Path(config.folder)), local_files_only=True)
-            else:
-                bert = BertConfig(
-                    hidden_size=config.width,
-                    num_hidden_layers=config.layers,
-                    num_attention_heads=config.heads,
-                    intermediate_size=4 * config.width,
-                )
-                self._tokenizer = None
-            self.tower = HFTextEncoder(
-                config.folder or "bert",
-                output_dim=shared_dim,
-                config=bert,
-                proj_type="mlp",
-                pooler_type="cls_last_hidden_state_pooler",
-                pretrained=False,
+                given, self._tokenizer = _bert_files(Path(config.folder))
+            self.tower = bert_tower(
+                given
+                or {
+                    "hidden_size": config.width,
+                    "num_hidden_layers": config.layers,
+                    "num_attention_heads": config.heads,
+                    "intermediate_size": 4 * config.width,
+                },
+                shared_dim,
             )
 
     @staticmethod
@@ -82,7 +76,7 @@ class TextEncoder(nn.Module):
         return sorted({token for phrase in phrases for token in tokenizer.encode(phrase)})
 
     def tokenize(self, phrases: Sequence[str]) -> Tensor:
-        """(N,) phrases -> (N, context_length) int64."""
+        """(N,) phrases -> (N, context_length) int64; "biomedclip": as long as the longest, padding changes nothing."""
         if self.config.kind == "clip":
             tokens = self._tokenizer(list(phrases))
             return torch.where(tokens == 0, 0, self.table.cpu()[tokens])
@@ -91,12 +85,65 @@ class TextEncoder(nn.Module):
         batch = self._tokenizer(
             list(phrases),
             max_length=self.config.context_length,
-            padding="max_length",
+            padding="longest",
             truncation=True,
             return_tensors="pt",
         )
         return batch["input_ids"]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(N, context_length) -> (N, shared_dim) float32 of unit length."""
+        """(N, tokens) -> (N, shared_dim) float32 of unit length."""
         return nn.functional.normalize(self.tower(tokens).float(), dim=-1)
+
+    @torch.no_grad()
+    def concept_embeddings(self, bank: ConceptBank) -> Tensor:
+        """(K, shared_dim) float32: of each concept the mean over all its phrasings, at unit length."""
+        training, device = self.training, next(self.parameters()).device
+        self.eval()
+        means = [self(self.tokenize(c.all_phrasings).to(device)).mean(0) for c in bank.values()]
+        self.train(training)
+        return nn.functional.normalize(torch.stack(means), dim=-1)
+
+    def unknown_words(self, bank: ConceptBank) -> int:
+        """How many tokens of all phrasings stand for "unknown", of which a tower of BERT's has one."""
+        if self.config.kind == "clip" or self._tokenizer is None:
+            return 0
+        unknown = self._tokenizer.unk_token_id
+        return sum(int((self.tokenize(c.all_phrasings) == unknown).sum()) for c in bank.values())
+
+
+def bert_tower(bert: Mapping[str, Any], shared_dim: int) -> nn.Module:
+    """open_clip's text tower of BiomedCLIP's kind, random weights; `bert` are fields of BertConfig."""
+    ensure_torchvision()
+    from open_clip.hf_model import HFTextEncoder
+    from transformers import BertConfig
+
+    tower = HFTextEncoder(
+        "bert",
+        output_dim=shared_dim,
+        config=BertConfig.from_dict(dict(bert)),
+        proj_type="mlp",
+        pooler_type="cls_last_hidden_state_pooler",
+        pretrained=False,
+    )
+    # BERT's own pooling layer is not asked, and BiomedCLIP's published weights are without it.
+    tower.transformer.pooler = None
+    return tower
+
+
+def _bert_files(folder: Path) -> tuple[dict[str, Any], Any]:
+    """config.json of a BERT and its tokenizer; asks no network."""
+    from transformers import AutoTokenizer
+
+    try:
+        bert = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if len(tokenizer) > bert["vocab_size"]:
+            raise ValueError(f"{len(tokenizer)} tokens for {bert['vocab_size']} embeddings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Expected config.json of a BERT and its tokenizer's files (vocab.txt, tokenizer_config.json) in {folder}, "
+            f"got none that can be read ({reason}); restore the folder."
+        ) from error
+    return bert, tokenizer

@@ -140,6 +140,7 @@ def model_card(
         sets=training["sets"],
         history=training.get("history", []),
         earlier=_earlier(training),
+        imported=any("imported" in run for run in _earlier(training)),
         real_cases=markdown_table(real) if real else None,
         picai=any(s["picai_labels"] or s["real_backgrounds"] or s.get("reader") == "picai" for s in training["sets"]),
         real=any(s["real_backgrounds"] for s in training["sets"]),

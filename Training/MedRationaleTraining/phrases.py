@@ -6,15 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from MedRationaleLib.concepts import ZONES, ConceptBank
+from MedRationaleLib.concepts import ConceptBank
 
 
 def all_phrases(bank: ConceptBank) -> dict[str, list[str]]:
     """Concept id -> every phrasing, those of one zone only included."""
-    return {
-        id: list(dict.fromkeys(text for zone in ZONES for text in concept.phrasings_for(zone)))
-        for id, concept in bank.items()
-    }
+    return {id: list(concept.all_phrasings) for id, concept in bank.items()}
 
 
 def draw_phrases(phrases: Mapping[str, list[str]], rng: np.random.Generator) -> list[str]:

@@ -10,7 +10,7 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -79,12 +79,16 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
     vocabulary = TextEncoder.vocabulary_of(phrases)
     if config.initial:
         checkpoint = load_checkpoint(config.initial, with_text=True)
-        if checkpoint.model.config != config.model or checkpoint.model.concepts != tuple(bank):
+        # The tokenizer is the folder's own, wherever the configuration would look for one.
+        text = replace(config.model.text, folder=checkpoint.model.config.text.folder)
+        if checkpoint.model.config != replace(config.model, text=text) or checkpoint.model.concepts != tuple(bank):
             raise InputError(
                 f"Expected a model of the configured sizes and of this concept bank in {config.initial}, got another "
                 f"({checkpoint.model.config.name}); take its config.json's sizes or another folder."
             )
-        known = {k: checkpoint.training[k] for k in ("steps", "sets", "initial") if k in checkpoint.training}
+        known = {
+            k: checkpoint.training[k] for k in ("steps", "sets", "initial", "imported") if k in checkpoint.training
+        }
         return checkpoint.model.train(), checkpoint.vocabulary, {"sha256": checkpoint.sha256, **known}
     model = RationaleModel(config.model, list(bank))
     model.attach_text(vocabulary)
@@ -93,13 +97,8 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
 
 @torch.no_grad()
 def store_concept_embeddings(model: RationaleModel, bank: ConceptBank) -> None:
-    """concept_embeddings = unit-length mean of f_txt over the phrasings of each concept."""
-    encoder = cast(TextEncoder, model.f_txt)
-    rows = []
-    for texts in all_phrases(bank).values():
-        mean = encoder(encoder.tokenize(texts).to(model.concept_embeddings.device)).mean(0)
-        rows.append(torch.nn.functional.normalize(mean, dim=0))
-    model.concept_embeddings.copy_(torch.stack(rows))
+    """concept_embeddings = what f_txt gives for every concept."""
+    model.concept_embeddings.copy_(cast(TextEncoder, model.f_txt).concept_embeddings(bank))
 
 
 class Trainer:
@@ -136,6 +135,7 @@ class Trainer:
     def _build(self) -> Objective | MaskObjective:
         """The model and its losses."""
         model, self.vocabulary, self.initial = build_model(self.config, self.bank)
+        self.config = replace(self.config, model=model.config)
         return Objective(model, self.config, self.bank, self.tree)
 
     # ------------------------------------------------------------ state
