@@ -119,6 +119,7 @@ def scene(slicer_app: Application, vtk_messages: VtkMessages, slot_errors: SlotE
     slicer.mrmlScene.Clear(0)
     slicer_app.testing = False
     slicer_app.exit_code = None
+    slicer_app.disconnect("startupCompleted()")  # of modules that earlier tests have loaded
     slicer_app.userSettings().clear()
     slicer.packaging.INSTALLER.reset()
     DIALOGS.clear()
