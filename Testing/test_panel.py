@@ -619,6 +619,27 @@ def test_the_console_needs_three_lines_and_no_window(volumes: dict[str, Any], pl
     assert fractions == sorted(fractions) and fractions[-1] > 0.4
 
 
+def test_the_views_follow_one_oblique_volume_after_another(
+    panel: Any, run: Callable[[], Any], offscreen_views: Any, volumes: dict[str, Any]
+) -> None:
+    import slicer
+    import vtk
+
+    node = offscreen_views.sliceWidget("Red").mrmlSliceNode()
+    for angle in (0.0, 12.0):
+        turn = vtk.vtkTransform()
+        turn.RotateX(angle)
+        turned = slicer.util.arrayFromVTKMatrix(turn.GetMatrix())
+        matrix = vtk.vtkMatrix4x4()
+        volumes["t2w"].GetIJKToRASMatrix(matrix)
+        to_ras = turned @ slicer.util.arrayFromVTKMatrix(matrix)
+        volumes["t2w"].SetIJKToRASMatrix(slicer.util.vtkMatrixFromArray(to_ras))
+        run()
+        normal = np.array([node.GetSliceToRAS().GetElement(row, 2) for row in range(3)])
+        assert abs(normal @ to_ras[:3, 2]) / np.linalg.norm(to_ras[:3, 2]) == pytest.approx(1, abs=1e-6)
+        assert node.GetOrientation() == "AxialT2W"
+
+
 def test_a_second_run_shows_its_own_outlines_alone(panel: Any, run: Callable[[], Any]) -> None:
     run()
     first = panel.results.current

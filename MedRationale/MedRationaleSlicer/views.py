@@ -34,8 +34,9 @@ def align(volume: Any) -> None:
             plane = vtk.vtkMatrix3x3()
             for row, column in itertools.product(range(3), range(3)):
                 plane.SetElement(row, column, node.GetSliceToRAS().GetElement(row, column))
-            change = node.UpdateSliceOrientationPreset if node.HasSliceOrientationPreset(name) else None
-            (change or node.AddSliceOrientationPreset)(name, plane)
+            if node.HasSliceOrientationPreset(name):  # of the volume before
+                node.RemoveSliceOrientationPreset(name)
+            node.AddSliceOrientationPreset(name, plane)
     manager = slicer.app.layoutManager()
     if manager is not None:
         for name in manager.sliceViewNames():
