@@ -112,13 +112,7 @@ def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
         lesions[sitk.GetArrayViewFromImage(masks[finding.id]) > 0] = finding.label
     record = data["study"]
     return Assessment(
-        study=study
-        or StudyRecord(
-            patient=record["patient"],
-            provenance={name: SimpleNamespace(**row) for name, row in record["sequences"].items()},
-            warnings=tuple(record["warnings"]),
-            missing=tuple(record["missing"]),
-        ),
+        study=study or study_of(record),
         gland=masks["gland"],
         pz=masks["pz"],
         tz=masks["tz"],
@@ -132,6 +126,16 @@ def load_assessment(folder: str | Path, study: Any = None) -> Assessment:
         not_shown=not_shown_of(data),
         warnings=tuple(data["warnings"]),
         manifest={k: v for k, v in read_json(folder / data["manifest"]).items() if k not in ("generator", "files")},
+    )
+
+
+def study_of(record: Mapping[str, Any]) -> StudyRecord:
+    """What "study" of an assessment.json tells of the examination, without its images."""
+    return StudyRecord(
+        patient=record["patient"],
+        provenance={name: SimpleNamespace(**row) for name, row in record["sequences"].items()},
+        warnings=tuple(record["warnings"]),
+        missing=tuple(record["missing"]),
     )
 
 

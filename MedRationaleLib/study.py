@@ -282,7 +282,8 @@ class Study:
             b_value = sources["dwi"].b_value
             if b_value is None:
                 notes.append(
-                    f"The b-value of the DWI is not known (give --b-value); b = {MIN_B:g} s/mm² or more is expected."
+                    f"The b-value of the DWI is not known, so nothing says whether it reaches the {MIN_B:g} s/mm² that "
+                    "are expected."
                 )
             elif b_value < MIN_B:
                 notes.append(

@@ -14,12 +14,13 @@ from pathlib import Path
 from phantom_session import phantom_session
 
 ROUNDS = 5
-TARGETS = {"building the scene": 1.0, "switching a heatmap": 0.2, "longest pause of the window": 0.2}
-"""Seconds, at most."""
+PAUSE = "longest pause of the window"
+TARGETS = {"building the scene": 1.0, "switching a heatmap": 0.2, PAUSE: 0.2}
+"""Seconds, at most; a pause in every round, the others in the median one. The first round has all to import."""
 
 
 def main() -> int:
-    """Print medians and worst of ROUNDS; exit code 1 where a median misses its target."""
+    """Print medians and worst of ROUNDS; exit code 1 where one misses its target, of the pauses the worst."""
     with phantom_session() as session:
         from MedRationaleSlicer import run
         from MedRationaleSlicer.results import Results
@@ -39,7 +40,7 @@ def main() -> int:
             with Heartbeat() as heartbeat:
                 panel.ui.applyButton.click()
                 session.wait()
-            measured["longest pause of the window"].append(heartbeat.longest_s)
+            measured[PAUSE].append(heartbeat.longest_s)
         inputs = {name: panel.results.current.input(name) for name in ("t2w", "adc", "dwi")}
         for _ in range(ROUNDS):
             begun = time.perf_counter()
@@ -56,7 +57,7 @@ def main() -> int:
     missed = 0
     for name, seconds in measured.items():
         median, worst = statistics.median(seconds), max(seconds)
-        missed += median > TARGETS[name]
+        missed += (worst if name == PAUSE else median) > TARGETS[name]
         sys.stdout.write(
             f"{name:<28} median {median:.3f} s, worst {worst:.3f} s of {len(seconds)} (at most {TARGETS[name]:.1f} s)\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -57,12 +58,19 @@ def phantom_session(size: tuple[int, int] = (512, 512)) -> Iterator[Session]:
     from slicer_harness import module_loader
     from slicer_harness.offscreen_views import OffscreenLayoutManager
 
-    from MedRationaleLib.phantom import write_phantom
-
     app.layout_manager = OffscreenLayoutManager(size)
     module_loader.load(MODULE)
     with tempfile.TemporaryDirectory() as folder:
-        write_phantom(Path(folder) / "phantom", seed=0)
+        write = [
+            sys.executable,
+            "-m",
+            "MedRationaleLib.cli",
+            "phantom",
+            "--quiet",
+            "--out",
+            str(Path(folder) / "phantom"),
+        ]
+        subprocess.run(write, cwd=ROOT, check=True)  # the panel starts without the engine
         session = Session(module_loader.show("MedRationale"), app.layout_manager, Path(folder))
         session.panel.loadFolder(str(Path(folder) / "phantom"))
         session.wait()

@@ -44,7 +44,11 @@ def test_the_phantom_is_among_the_sample_data(
 
 
 def test_a_real_examination_is_read_from_dicom_assessed_and_saved(
-    open_panel: Callable[[Path], Any], wait_until: Callable[..., None], shared_data: Path, tmp_path: Path
+    offscreen_views: Any,
+    open_panel: Callable[[Path], Any],
+    wait_until: Callable[..., None],
+    shared_data: Path,
+    tmp_path: Path,
 ) -> None:
     """prostatex-0000: what the panel shows is what its expert masks and its tags say."""
     import slicer

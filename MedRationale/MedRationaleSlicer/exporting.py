@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import slicer
+from slicer.i18n import tr as _
 
 from MedRationaleSlicer.results import Results
 
@@ -23,6 +24,8 @@ def export(results: Results, folder: str | Path) -> str:
     with tempfile.TemporaryDirectory(prefix=".medrationale-", dir=folder) as stage:
         scene = Path(stage) / SCENE_FILE
         if not slicer.util.saveScene(str(scene)):
-            raise RuntimeError(f"The scene could not be written in {folder}; the other files are there.")
+            raise RuntimeError(
+                _("The scene could not be written in {folder}; the other files are there.").format(folder=folder)
+            )
         scene.replace(Path(folder) / SCENE_FILE)
     return str(paths.report)

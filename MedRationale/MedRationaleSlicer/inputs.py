@@ -11,6 +11,7 @@ from typing import Any
 
 import slicer
 import vtk
+from slicer.i18n import tr as _
 
 SEQUENCES = ("t2w", "adc", "dwi")
 TITLES = {"t2w": "T2W", "adc": "ADC", "dwi": "DWI"}
@@ -54,15 +55,19 @@ class Suggestion:
     def text(self) -> str:
         """What was chosen by what, to be confirmed."""
         if not self.chosen and self.unclear:
-            return (
-                f"Not chosen: {', '.join(self.unclear)} may each be the T2W of an examination of its own. Choose the "
-                "three volumes yourself, or put each examination's volumes into a folder in the Data module."
-            )
+            return _(
+                "Not chosen: {names} may each be the T2W of an examination of its own. Choose the three volumes "
+                "yourself, or put each examination's volumes into a folder in the Data module."
+            ).format(names=", ".join(self.unclear))
         if not self.chosen:
             return ""
-        told = [f"{TITLES[s]} by its {self.chosen[s].source}" for s in SEQUENCES if s in self.chosen]
+        by = _("{sequence} by its {source}")
+        told = [by.format(sequence=TITLES[s], source=self.chosen[s].source) for s in SEQUENCES if s in self.chosen]
         missing = [TITLES[s] for s in SEQUENCES if s not in self.chosen]
-        return f"Chosen: {', '.join(told)}. {'Not found: ' + ', '.join(missing) + '. ' if missing else ''}Please check."
+        if not missing:
+            return _("Chosen: {told}. Please check.").format(told=", ".join(told))
+        text = _("Chosen: {told}. Not found: {missing}. Please check.")
+        return text.format(told=", ".join(told), missing=", ".join(missing))
 
 
 def suggest() -> Suggestion:

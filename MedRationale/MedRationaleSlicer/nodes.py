@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import slicer
 import vtk
+from slicer.i18n import tr as _
 
 ROLE = "MedRationale.role"
 """Attribute of every node made here."""
@@ -178,8 +179,10 @@ def to_world(node: Any) -> np.ndarray:
         transform.IsTransformToWorldLinear() and transform.GetMatrixTransformToWorld(matrix)
     ):
         raise RuntimeError(
-            f"Expected {node.GetName()} as acquired or under a linear transform, got a deformable one; harden it or "
-            "choose the original volume."
+            _(
+                "Expected {name} as acquired or under a linear transform, got a deformable one; harden it or choose "
+                "the original volume."
+            ).format(name=node.GetName())
         )
     found: np.ndarray = slicer.util.arrayFromVTKMatrix(matrix)
     return found

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import slicer
 import vtk
+from slicer.i18n import tr as _
 
 from MedRationaleSlicer.inputs import SEQUENCES, study_item
 from MedRationaleSlicer.nodes import (
@@ -325,7 +326,7 @@ class Results:
         from MedRationaleLib.serialization import not_shown_of, slices_of
 
         if self.segmentation is None or self.input("t2w") is None:
-            raise RuntimeError("Expected T2W and segmentation in the scene, but one was deleted; run it again.")
+            raise RuntimeError(_("Expected T2W and segmentation in the scene, but one was deleted; run it again."))
         data = self.data
         study = self._study()
         reference = study.t2w
@@ -352,16 +353,15 @@ class Results:
 
     def _study(self) -> Any:
         from dataclasses import replace
-        from types import SimpleNamespace
 
+        from MedRationaleLib.serialization import study_of
         from MedRationaleLib.study import Study
 
-        record = self.data["study"]
+        told = study_of(self.data["study"])
         t2w = self.input("t2w")
         images = {name: volume_image(self.input(name), t2w) for name in SEQUENCES if self.input(name) is not None}
         study = Study.from_images(**images)
-        provenance = {name: SimpleNamespace(**row) for name, row in record["sequences"].items()}
-        return replace(study, provenance=provenance, patient=record["patient"], warnings=tuple(record["warnings"]))
+        return replace(study, provenance=told.provenance, patient=told.patient, warnings=told.warnings)
 
     # ------------------------------------------------------------ pieces
 

@@ -6,12 +6,14 @@ import importlib
 import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import slicer
+from slicer.i18n import tr as _
 
 from MedRationaleSlicer.inputs import SEQUENCES, TITLES, b_value, series_uid
 from MedRationaleSlicer.nodes import volume_image
@@ -20,7 +22,7 @@ from MedRationaleSlicer.steps import Stepper, Steps, exhaust
 from MedRationaleSlicer.worker import JOB_FILE, Launch, Outcome, Worker
 
 SHOWING = (
-    "scipy.ndimage", "yaml", "jsonschema", "jinja2", "PIL.Image", "skimage.measure", "MedRationaleLib.decision_tree",
+    "yaml", "jsonschema", "jinja2", "PIL.Image", "skimage.measure", "MedRationaleLib.decision_tree",
     "MedRationaleLib.report", "MedRationaleLib.serialization",
 )  # fmt: skip
 """What showing results imports."""
@@ -47,7 +49,7 @@ class Request:
     """Of the DWI in s/mm²; by its tags or name where it is not given."""
 
 
-class Task:
+class Task(ABC):
     """Work in three parts: steps here, the worker process, steps here; it can be cancelled in each."""
 
     def __init__(
@@ -66,13 +68,13 @@ class Task:
         self._meanwhile: Stepper | None = None
         self.running = False
 
+    @abstractmethod
     def before(self) -> Steps[None]:
         """Writes the job."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after(self, message: dict[str, Any]) -> Steps[Any]:
         """Brings what the worker has made into the scene."""
-        raise NotImplementedError
 
     def meanwhile(self) -> Steps[None]:
         """What can be done here while the worker works."""
@@ -128,7 +130,7 @@ class Task:
             self._clear()
             self._failed(outcome.error or "")
         else:
-            self.progress("bringing the results into the scene", WORKER_SHARE[1])
+            self.progress(_("bringing the results into the scene"), WORKER_SHARE[1])
             self._part = Stepper(self.after(outcome.done), self._end, self._fail)
 
     def _told(self, text: str, fraction: float) -> None:
@@ -143,7 +145,8 @@ class Task:
         sentence = " ".join(str(error).split())
         if not isinstance(error, (RuntimeError, ValueError, OSError)):
             logging.error("MedRationale: a fault of the programme", exc_info=error)
-            sentence = f"This is a fault of the programme ({type(error).__name__}: {sentence}); please report it."
+            text = _("This is a fault of the programme ({error}: {sentence}); please report it.")
+            sentence = text.format(error=type(error).__name__, sentence=sentence)
         self._clear()
         self._failed(sentence)
 
@@ -163,9 +166,11 @@ class AssessTask(Task):
         super().__init__(**options)
         for name, node in request.inputs.items():
             if not (hasattr(node, "IsA") and node.IsA("vtkMRMLScalarVolumeNode")) or node.GetScene() is None:
-                raise RuntimeError(f"{TITLES[name]}: expected a scalar volume of the scene, got {node!r:.60}.")
+                text = _("{sequence}: expected a scalar volume of the scene, got {given:.60}.")
+                raise RuntimeError(text.format(sequence=TITLES[name], given=repr(node)))
             if node.IsA("vtkMRMLLabelMapVolumeNode"):
-                raise RuntimeError(f"{TITLES[name]}: expected an image, got the label map {node.GetName()}.")
+                text = _("{sequence}: expected an image, got the label map {name}.")
+                raise RuntimeError(text.format(sequence=TITLES[name], name=node.GetName()))
         self._request = request
         self._ids = {name: node.GetID() for name, node in request.inputs.items() if node is not None}
 
@@ -176,14 +181,17 @@ class AssessTask(Task):
 
         request = self._request
         if "t2w" not in self._ids:
-            raise RuntimeError("T2W: expected a volume, got none; choose the axial T2W.")
+            raise RuntimeError(_("T2W: expected a volume, got none; choose the axial T2W."))
         inputs, t2w = {}, request.inputs["t2w"]
         for index, (name, node_id) in enumerate(self._ids.items()):
-            self.progress(f"writing {TITLES[name]}", WORKER_SHARE[0] * index / len(self._ids))
+            self.progress(
+                _("writing {sequence}").format(sequence=TITLES[name]), WORKER_SHARE[0] * index / len(self._ids)
+            )
             yield
             node = slicer.mrmlScene.GetNodeByID(node_id)
             if node is None or node.GetImageData() is None or node.GetImageData().GetPointData().GetScalars() is None:
-                raise RuntimeError(f"{TITLES[name]}: expected a volume with voxels, got none; choose another.")
+                text = _("{sequence}: expected a volume with voxels, got none; choose another.")
+                raise RuntimeError(text.format(sequence=TITLES[name]))
             path = self.folder / f"{name}.nrrd"
             sitk.WriteImage(volume_image(node, t2w), str(path))
             b = (request.b_value or b_value(node)) if name == "dwi" else None
@@ -221,7 +229,7 @@ class ReadTask(Task):
     def before(self) -> Steps[None]:
         from MedRationaleLib.worker import Job
 
-        self.progress("looking at the folder", 0.0)
+        self.progress(_("looking at the folder"), 0.0)
         yield
         Job(task="read", out=str(self.folder / "images"), folder=self._source).write(self.folder / JOB_FILE)
 

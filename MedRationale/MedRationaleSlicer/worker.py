@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import qt
 import slicer
+from slicer.i18n import tr as _
 
 import MedRationaleLib
 
@@ -69,7 +70,7 @@ def python_slicer() -> str:
     """PythonSlicer, Slicer's Python without the application."""
     found = shutil.which("PythonSlicer")
     if found is None:
-        raise RuntimeError("Expected PythonSlicer beside Slicer, found none; install Slicer again.")
+        raise RuntimeError(_("Expected PythonSlicer beside Slicer, found none; install Slicer again."))
     return found
 
 
@@ -174,15 +175,18 @@ class Worker:
 
     def _sentence(self, code: int) -> str:
         if code in CODES_OF_KILLED:
-            return (
+            return _(
                 "The analysis was ended by the system, as a rule because memory ran out; close other programmes or "
                 "choose another device."
             )
         told = self._last_words()
-        return (
-            f"The analysis ended unexpectedly (exit code {code}{', last words: ' + told if told else ''}); "
-            "the application log has the rest."
-        )
+        if not told:
+            return _("The analysis ended unexpectedly (exit code {code}); the application log has the rest.").format(
+                code=code
+            )
+        return _(
+            "The analysis ended unexpectedly (exit code {code}, last words: {told}); the application log has the rest."
+        ).format(code=code, told=told)
 
     def _last_words(self) -> str:
         """The last line that is no message, else the last of the worker's log, which goes to Slicer's log."""
@@ -199,9 +203,8 @@ class Worker:
         if silent > SILENCE_S:
             self._finish()
             self._kill()
-            self._ended(
-                Outcome(None, f"The analysis gave no sign of life for {silent:.0f} s and was ended; start it again.")
-            )
+            text = _("The analysis gave no sign of life for {seconds:.0f} s and was ended; start it again.")
+            self._ended(Outcome(None, text.format(seconds=silent)))
 
     def _finish(self) -> None:
         self._over = True
