@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
 from MedRationaleTraining.constraints import TYPICAL_MM2, RationaleConstraints  # noqa: E402
 from MedRationaleTraining.data.stacks import Stack  # noqa: E402
+from MedRationaleTraining.evidence_metrics import relevance_mass  # noqa: E402
 from training_samples import TINY  # noqa: E402
 
 from MedRationaleLib.concepts import ConceptBank  # noqa: E402
@@ -86,7 +87,8 @@ def test_maps_that_share_the_lesion_between_them_attain_all() -> None:
     found = g(constraints(disentangle_share=0.5, localise_share=0.25), halves(), stack())
     assert found.pop("disentangle.adc_signal.dwi_signal") == pytest.approx(1 - 1 / 0.5)
     assert found.pop("disentangle.zone") == pytest.approx(1 - 1 / 0.5)
-    assert found == pytest.approx({f"localise.{n}": -1.0 for n in ("lesion", "presence", "pz", "tz", "gland")})
+    held = [f"localise.{n}" for n in ("lesion", "presence", "pz", "tz", "gland")]
+    assert found == pytest.approx(dict.fromkeys((*held, "contain.adc_signal", "contain.dwi_signal"), -1.0))
 
 
 def test_equal_maps_are_not_apart_and_dark_ones_not_localised() -> None:
@@ -115,6 +117,29 @@ def test_another_findings_place_is_left_out() -> None:
     assert found["localise.lesion"] == pytest.approx(-1.0)
 
 
+def test_a_faint_map_is_contained_by_the_share_of_its_mass_and_not_by_its_brightness() -> None:
+    adc, dwi = torch.zeros(1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE)
+    adc[0, LESION[0], LESION[1]] = 0.01
+    adc[0, 50:58, 50:60] = 0.03  # as large as the lesion
+    dwi[0, LESION[0], LESION[1]] = 1
+    maps = Drawn(adc_marked_hypointense=adc, dwi_marked_hyperintense=dwi)
+    found = g(constraints(contain_share=0.5), maps, stack())
+    (rma,) = relevance_mass(adc.numpy(), stack().regions[0].numpy())
+    assert found["contain.adc_signal"] == pytest.approx((1 - rma) / 0.5 - 1) == pytest.approx(0.5)
+    assert found["contain.dwi_signal"] == pytest.approx(-1.0)
+    assert found["localise.lesion"] < 0  # the sum does not see it
+
+
+@pytest.mark.parametrize(("other", "expected"), [("adc_marked_hypointense", -1.0), ("adc_mild_hypointense", -0.5)])
+def test_heat_on_another_finding_is_in_place_where_the_answer_is_the_same(other, expected) -> None:
+    adc = torch.zeros(1, SIZE, SIZE)
+    adc[0, LESION[0], 20:28] = adc[0, LESION[0], 30:38] = 1
+    two = replace(stack(lesions=2), answers=(ANSWERS, ANSWERS | {"adc_signal": other}))
+    found = g(constraints(contain_share=0.5), Drawn(adc_marked_hypointense=adc), two)
+    # Half of it is off the first where the answers differ; the second's own map is dark, hence nowhere wrong.
+    assert found["contain.adc_signal"] == pytest.approx(expected)
+
+
 def test_where_there_is_nothing_nothing_may_light_up() -> None:
     bright = {c: torch.full((1, SIZE, SIZE), 0.01) for c in CONCEPTS}
     given = constraints(localise_share=0.5)
@@ -135,7 +160,7 @@ def test_other_distances(distance, apart) -> None:
 def test_half_of_the_problem_has_half_of_the_names() -> None:
     only = constraints(localise=False)
     assert only.names and all(n.startswith("disentangle") for n in only.names)
-    assert all(n.startswith("localise") for n in constraints(disentangle=False).names)
+    assert all(n.startswith(("localise", "contain")) for n in constraints(disentangle=False).names)
     assert not constraints(disentangle=False, localise=False).names
 
 
@@ -156,6 +181,7 @@ def test_every_constraint_reaches_the_image_encoder_the_concepts_and_the_heat(fo
         "localise.lesion",
         "localise.nothing",
         "localise.gland",
+        "contain.adc_signal",
     } <= found.keys()
     for name, value in found.items():
         asked = [encoder, concepts] + ([model.heat_scale, model.heat_bias] if form == "sigmoid" else [])

@@ -71,6 +71,8 @@ class ConstraintConfig:
     """epsilon_1 as a share of the distance that concepts can have while their sum is still the mask."""
     localise_share: float = 0.4
     """epsilon_2 as a share of |M|; an empty sum has 1."""
+    contain_share: float = 0.5
+    """Share of a concept's heat, of each of its maps by itself, that may lie off what it describes; 1 allows all."""
     start: int = 0
     """Step from which the constraints count; the warm-up before it is Eq. 2 alone."""
     rho: float = 0.2
@@ -194,6 +196,7 @@ def check(config: FitConfig) -> None:
          (loss.focal_alpha, loss.focal_gamma)),
         (0 < c.disentangle_share <= 1, "constraints.disentangle_share above 0 up to 1", c.disentangle_share),
         (c.localise_share > 0, "a positive constraints.localise_share", c.localise_share),
+        (0 < c.contain_share <= 1, "constraints.contain_share in (0, 1]", c.contain_share),
         (min(c.rho, c.rate, c.cap, c.weight) > 0, "positive constraints.rho, rate, cap and weight",
          (c.rho, c.rate, c.cap, c.weight)),
         (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",

@@ -5,6 +5,11 @@ D(a, b) = sum_p (a - b)^2 / |M| (distance "l2"; the other two have no unit) the 
 
 disentangle   g = 1 - D(h_k, h_k') / (disentangle_share * attainable)      for every two concepts of one finding
 localise      g = D(sum_k h_k, M) / localise_share - 1                     for what the concepts describe
+contain       g = (1 - sum_p(h_k M) / sum_p(h_k)) / contain_share - 1      for every concept of a finding by itself
+
+The third goes beyond the paper. The sum of a finding's maps can lie on the finding while each of the dim ones among
+them has most of its mass elsewhere, which a squared distance hardly counts; one minus a map's relevance mass accuracy
+(paper, Eq. 5), a slice at a time, does. It belongs to `localise`, and with a share of 1 it holds always.
 
 `attainable` is the distance at which the sum is still M: K concepts that share a structure evenly and do not overlap
 are 2 |M| / K apart, hence 2 / K in this unit. Constraints of one kind and node pair share a multiplier; within a batch
@@ -33,6 +38,8 @@ NOT_DESCRIBED = ("lesion_presence", "zone")
 TYPICAL_MM2 = 130.0
 """Area of the median lesion (13 mm across) in its largest slice; what an empty mask is measured in."""
 CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
+NO_MASS = 1e-3
+"""A map whose sum over a slice (in patches of heat 1) is less has no share anywhere."""
 PRESENT = "lesion_present"
 ZONES = {"zone_pz": "pz", "zone_tz": "tz"}
 
@@ -51,6 +58,7 @@ class RationaleConstraints:
             self.names += tuple(f"disentangle.{a}.{b}" for a, b in combinations(self.nodes, 2)) + ("disentangle.zone",)
         if config.localise:
             self.names += tuple(f"localise.{what}" for what in ("lesion", "nothing", "presence", "pz", "tz", "gland"))
+            self.names += tuple(f"contain.{node}" for node in self.nodes)
 
     def __call__(
         self,
@@ -81,7 +89,10 @@ class RationaleConstraints:
     # ------------------------------------------------------------ what is constrained
 
     def _findings(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]]) -> None:
-        """Concepts of one finding: apart from each other, together its mask. Other findings' places are left out."""
+        """Concepts of one finding: apart from each other, together its mask, each for the most part in it.
+
+        Other findings' places are left out; of a single concept, those of findings that have the same answer.
+        """
         size = heat.shape[-2:]
         regions = _resized(stack.regions.to(heat.device), size)
         described = [any(n in a for n in self.nodes) for a in stack.answers]
@@ -105,6 +116,9 @@ class RationaleConstraints:
                     found[key].append(1 - apart / (self._config.disentangle_share * attainable))
             if self._config.localise:
                 found["localise.lesion"].append(self._localised(maps.sum(0), mask, weight, area))
+                for node, own in zip(nodes, maps, strict=True):
+                    alike = [o for o, other in enumerate(stack.answers) if other.get(node) == answers[node]]
+                    found[f"contain.{node}"].append(self._contained(own, mask, regions[alike][:, there].sum(0)))
 
     def _anatomy(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]]) -> None:
         """Zone concepts on their zones, together on the gland; the presence of a lesion on all lesions."""
@@ -145,6 +159,14 @@ class RationaleConstraints:
         pairs = ((total, total), (mask, mask), (total, mask))
         apart = self._distance(*((weight * a * b).sum() for a, b in pairs), area)
         return apart / self._config.localise_share - 1
+
+    def _contained(self, heat: Tensor, mask: Tensor, alike: Tensor) -> Tensor:
+        """The mean share of (S, h, w) heat that lies off the mask and off all findings that it is true of."""
+        positive = heat.clamp(min=0)
+        inside = (positive * mask).sum((1, 2))
+        outside = (positive * (1 - alike).clamp(0, 1)).sum((1, 2))
+        share = outside / (outside + inside).clamp(min=NO_MASS)
+        return share.mean() / self._config.contain_share - 1
 
     def _distance(self, aa: Tensor, bb: Tensor, ab: Tensor, area: Tensor) -> Tensor:
         """D of two maps from their inner products."""

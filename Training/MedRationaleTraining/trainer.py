@@ -375,7 +375,7 @@ class Trainer:
         if conflicts := [r.name for r in rows if r.capped]:
             _logger.warning(
                 "step %d: the multipliers of %s rest at their cap: these constraints conflict with others; "
-                "lower constraints.disentangle_share or raise constraints.localise_share",
+                "lower constraints.disentangle_share, or raise constraints.localise_share or contain_share",
                 self.step, ", ".join(conflicts),
             )  # fmt: skip
 
