@@ -268,14 +268,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 "and faint ones are missed, so read the images yourself."
             ).format(seconds=seconds)
         self._finish(told)
-        node = self._parameterNode
-        node.results, node.step = results.node, ""
-        node.finding = results.data["findings"][0]["id"] if count else ""
-        if results.input("t2w") is not None:
-            views.show(results.input("t2w"))
-            views.align(results.input("t2w"))
-        if count:
-            self.results.onFindingSelected(node.finding)
+        self.results.onResultsSelected(results.node)
 
     def onInstall(self, checked: bool = False) -> None:
         """Install what is missing, after asking."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from panel_fixtures import drawn, module_folder, panel, play, run, volumes  # noqa: F401  found here by pytest
 from slicer_fixtures import (  # noqa: F401  found here by pytest
     dialogs,
     needs_gl,

@@ -59,18 +59,19 @@ def role(name: str) -> str:
     return f"MedRationale.{name}"
 
 
-def new_node(kind: str, name: str, hidden: bool = False) -> Any:
-    """A node of the scene; one that is hidden only later would keep its item in the subject hierarchy."""
+def new_node(kind: str, name: str, hidden: bool = False, role: str = "") -> Any:
+    """A node of the scene, complete when the scene tells of it: who shows nodes asks then what it is."""
     node = slicer.mrmlScene.CreateNodeByClass(kind)
     node.UnRegister(None)
     node.SetName(slicer.mrmlScene.GenerateUniqueName(name))
     node.SetHideFromEditors(hidden)
+    if role:
+        node.SetAttribute(ROLE, role)
     return slicer.mrmlScene.AddNode(node)
 
 
 def text_node(name: str, role: str, made: list[Any], hidden: bool = False) -> Any:
-    node = new_node("vtkMRMLTextNode", name, hidden)
-    node.SetAttribute(ROLE, role)
+    node = new_node("vtkMRMLTextNode", name, hidden, role)
     made.append(node)
     return node
 

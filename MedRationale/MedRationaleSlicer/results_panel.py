@@ -9,6 +9,7 @@ import slicer
 from slicer.i18n import tr as _
 
 from MedRationaleSlicer import installation, views
+from MedRationaleSlicer.nodes import ROLE
 from MedRationaleSlicer.rationale_view import FindingsTable, RationaleChain
 from MedRationaleSlicer.results import Results
 
@@ -25,6 +26,8 @@ class ResultsPanel:
         self._shown: tuple[str, ...] = ()
         self.findings = FindingsTable(ui.findingsTable, self.onFindingSelected)
         self.chain = RationaleChain(ui.rationaleTree, self.onStepSelected)
+        ui.resultsSelector.addAttribute("vtkMRMLTextNode", ROLE, "assessment")
+        ui.resultsSelector.connect("nodeActivated(vtkMRMLNode*)", self.onResultsSelected)
         ui.undoButton.connect("clicked(bool)", self.onUndo)
         ui.show3DCheckBox.connect("toggled(bool)", self.onShow3D)
         ui.answerComboBox.connect("activated(int)", self.onAnswer)
@@ -105,6 +108,18 @@ class ResultsPanel:
         for concept in tree.nodes[step.node].candidates(None if step.node == "zone" else finding.zone):
             box.addItem(tree.bank[concept].text, concept)
         box.setCurrentIndex(box.findData(step.concept))
+
+    def onResultsSelected(self, node: Any) -> None:
+        """Show an assessment: its T2W, and its first finding."""
+        results = Results(node) if node is not None else None
+        findings = results.data["findings"] if results is not None else ()
+        self._parameterNode.results, self._parameterNode.step = node, ""
+        self._parameterNode.finding = findings[0]["id"] if findings else ""
+        if results is not None and results.input("t2w") is not None:
+            views.show(results.input("t2w"))
+            views.align(results.input("t2w"))
+        if findings:
+            self.onFindingSelected(self._parameterNode.finding)
 
     def onFindingSelected(self, finding: str) -> None:
         """Jump to a lesion and outline it."""
