@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.torchvision_guard import sam_modeling
@@ -144,6 +145,8 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
             side = block.window_size or config.pixels // config.patch
             if side**2 > FEW_TOKENS:
                 block.attn = FoldedAttention(config.embed_dim, config.heads, use_rel_pos=True, input_size=(side, side))
+        self.checkpointing = False
+        """Compute each block again in the backward pass instead of keeping what it held."""
         every = config.axial_every
         if config.detail_dim:
             self.detail = zeroed(nn.Conv2d(8 * config.detail_dim, config.embed_dim, 1))
@@ -162,7 +165,8 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
         if detail:
             x = x + self.detail(detail[3]).permute(0, 2, 3, 1)
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             if str(index) in self.axial:
                 x = self.axial[str(index)](x, slices)
         return self.neck(x.permute(0, 3, 1, 2))

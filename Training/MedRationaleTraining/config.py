@@ -108,6 +108,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """Which weights are trained. The exported model is the same in any case: low-rank updates are merged into it."""
+
+    image_encoder: Literal["full", "lora", "frozen"] = "full"
+    """All of it (the paper), low-rank updates of query and value (as SAMed), or none; what MedRationale adds to SAM's
+    encoder (context across slices, fine detail) is trained in any case."""
+    lora_rank: int = 4
+    """Rank of the updates (SAMed's)."""
+    text: Literal["full", "frozen"] = "full"
+    """Whether f_txt is trained; frozen, every phrasing is embedded once."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the image encoder, against that of the layer above it."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """A training run. `fit` again with the same `out` goes on where it stopped."""
 
@@ -129,6 +146,8 @@ class FitConfig:
     """Disentanglement and localisation of the heatmaps."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam and the learning rate."""
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    """Which weights are trained."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 2
@@ -164,6 +183,7 @@ class FitConfig:
             "sampling": SamplingConfig(**data["sampling"]),
             "loss": LossConfig(**data["loss"]),
             "constraints": ConstraintConfig(**data.get("constraints", {"disentangle": False, "localise": False})),
+            "tuning": TuningConfig(**data.get("tuning", {})),
             "optimizer": OptimizerConfig(**(optimizer | {"betas": tuple(optimizer["betas"])})),
         }
         return cls(**{**data, **parts})
@@ -201,6 +221,8 @@ def check(config: FitConfig) -> None:
          (c.rho, c.rate, c.cap, c.weight)),
         (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",
          (c.start, c.report_every)),
+        (config.tuning.lora_rank >= 1, "tuning.lora_rank of at least 1", config.tuning.lora_rank),
+        (0 < config.tuning.layer_decay <= 1, "tuning.layer_decay above 0 up to 1", config.tuning.layer_decay),
         (o.lr > 0 and o.clip > 0 and o.weight_decay >= 0 and o.warmup_steps >= 0,
          "positive optimizer.lr and clip, and no negative weight_decay or warmup_steps",
          (o.lr, o.clip, o.weight_decay, o.warmup_steps)),

@@ -16,7 +16,6 @@ from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable
 from MedRationaleLib.model.checkpoint import CONFIG, load_checkpoint, save_checkpoint, serialized
-from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.postprocessing import PostprocessingConfig
@@ -24,6 +23,7 @@ from MedRationaleTraining.calibration import calibrate
 from MedRationaleTraining.config import FitConfig
 from MedRationaleTraining.data.synthetic import describe_set
 from MedRationaleTraining.evaluation import markdown
+from MedRationaleTraining.fine_tuning import merge, prepare
 from MedRationaleTraining.phrases import all_phrases
 from MedRationaleTraining.real_cases import CaseScore, markdown_table, read_scores
 from MedRationaleTraining.trainer import OF_A_MACHINE, RUN, STATE, read_state, store_concept_embeddings
@@ -61,7 +61,7 @@ def export_run(
     bank = ConceptBank.load()
     if about["concepts"] != list(bank):
         raise InputError(f"Expected a run with the concepts of this concept bank in {run}, got others; train anew.")
-    model = _averaged(state, ModelConfig.from_dict(settings["model"]), about["vocabulary"], bank, run)
+    model = _averaged(state, FitConfig.from_dict(settings), about["vocabulary"], bank, run)
     postprocessing: dict[str, Any] = {}
     training = {
         "steps": int(state["step"]),
@@ -184,19 +184,21 @@ def _about(run: Path, config: FitConfig | None) -> dict[str, Any]:
 
 
 def _averaged(
-    state: dict[str, Any], config: ModelConfig, vocabulary: list[int], bank: ConceptBank, run: Path
+    state: dict[str, Any], config: FitConfig, vocabulary: list[int], bank: ConceptBank, run: Path
 ) -> RationaleModel:
-    model = RationaleModel(config, list(bank))
+    model = RationaleModel(config.model, list(bank))
     model.attach_text(vocabulary)
+    prepare(model, config.tuning)
     try:
         model.load_state_dict(
             {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
         )
     except RuntimeError as error:
         raise InputError(
-            f"Expected the state of a '{config.name}' of the given sizes in {run}, got another; "
+            f"Expected the state of a '{config.model.name}' of the given sizes in {run}, got another; "
             "give the settings that it was trained with."
         ) from error
+    merge(model, config.tuning)
     # What inference loads is float16; the embeddings are those of the text tower as it is stored.
     model.half().float()
     store_concept_embeddings(model, bank)

@@ -64,6 +64,8 @@ class Objective(nn.Module):
         self.constraints = RationaleConstraints(config.constraints, tree, list(bank))
         self.constrained = self.constraints.names
         self._start = config.constraints.start
+        self._text_frozen = config.tuning.text == "frozen"
+        self._embedded: dict[str, Tensor] = {}
 
     def forward(self, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Name -> weighted scalar, whose sum is the objective, and name -> g of each constraint that occurs."""
@@ -95,13 +97,29 @@ class Objective(nn.Module):
 
     def _texts(self, answers: Sequence[dict[str, str]], part: Part, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings of a phrasing of every concept, the same for all parts of a step, and of the rationales."""
-        encoder = cast(TextEncoder, self.model.f_txt)
         texts = draw_phrases(self._phrases, np.random.default_rng((self._seed, part.step)))
         sentences = [draw_rationale(a, self._phrases, rng) for a in answers]
-        encoded = encoder(encoder.tokenize(texts + sentences).to(self.model.concept_embeddings.device))
-        concepts = encoded[: len(texts)]
+        if self._text_frozen:
+            concepts, rationales = self._remembered(texts), self._encode(sentences)
+        else:
+            concepts, rationales = self._encode(texts + sentences).split((len(texts), len(sentences)))
         self.model.concept_embeddings.copy_(concepts.detach())
-        return concepts, encoded[len(texts) :]
+        return concepts, rationales
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """(N, shared_dim); a frozen tower is asked as in inference, without dropout and gradients."""
+        encoder = cast(TextEncoder, self.model.f_txt)
+        if self._text_frozen:
+            encoder.eval()
+        with torch.set_grad_enabled(not self._text_frozen and torch.is_grad_enabled()):
+            return encoder(encoder.tokenize(texts).to(self.model.concept_embeddings.device))
+
+    def _remembered(self, phrasings: Sequence[str]) -> Tensor:
+        """Embeddings of phrasings, of which there are some hundreds, by a tower that does not change."""
+        new = [text for text in dict.fromkeys(phrasings) if text not in self._embedded]
+        if new:
+            self._embedded.update(zip(new, self._encode(new), strict=True))
+        return torch.stack([self._embedded[text] for text in phrasings])
 
 
 def _segmentation_terms(loss: SegmentationLoss, logits: Tensor, stacks: Sequence[Stack]) -> tuple[Tensor, Tensor]:

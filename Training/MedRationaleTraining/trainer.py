@@ -34,6 +34,7 @@ from MedRationaleTraining.config import FitConfig, check
 from MedRationaleTraining.curves import Curves
 from MedRationaleTraining.data.stacks import Stack, StackDataset
 from MedRationaleTraining.data.synthetic import describe_set, stored_exams
+from MedRationaleTraining.fine_tuning import optimizer_of, prepare
 from MedRationaleTraining.lagrangian import Multipliers, as_record, summary
 from MedRationaleTraining.objective import MaskObjective, Objective, Part
 from MedRationaleTraining.phrases import all_phrases
@@ -46,8 +47,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException  # n
 _logger = logging.getLogger(__name__)
 STATE, RUN = "state.ckpt", "run.json"
 KKT = "kkt.json"
-HEAT_FASTER = 10.0
-"""How much larger the learning rate of the heatmaps' a and b is, two numbers that have to travel far."""
 SPEED_AFTER = 50
 """Steps after which the loader's speed is told."""
 LOG_EVERY = 50
@@ -119,7 +118,7 @@ class Trainer:
         self.initial: dict[str, Any] | None = None
         objective = self._build()
         self.model = objective.model.to(memory_format=torch.channels_last)
-        self.objective, self.optimizer = self.fabric.setup(objective, _optimizer(self.model, config))
+        self.objective, self.optimizer = self.fabric.setup(objective, optimizer_of(self.model, config))
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema), use_buffers=False)
         self.multipliers = Multipliers(objective.constrained, config.constraints).to(self.fabric.device)
         self.step = 0
@@ -136,6 +135,7 @@ class Trainer:
         """The model and its losses."""
         model, self.vocabulary, self.initial = build_model(self.config, self.bank)
         self.config = replace(self.config, model=model.config)
+        prepare(model, self.config.tuning)
         return Objective(model, self.config, self.bank, self.tree)
 
     # ------------------------------------------------------------ state
@@ -387,20 +387,6 @@ class Trainer:
         model.train()
         _logger.info("step %d: %s", self.step, {k: round(v, 3) for k, v in row.items()})
         return row
-
-
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW; no decay of biases, norms and the heatmaps' a and b, and larger steps of these two."""
-    o = config.optimizer
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    heat = [p for name, p in named if name.startswith("heat_")]
-    rest = [p for name, p in named if not name.startswith("heat_")]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1]},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": heat, "weight_decay": 0.0, "faster": HEAT_FASTER},
-    ]
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
