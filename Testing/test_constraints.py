@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
-from MedRationaleTraining.constraints import TYPICAL_MM2, RationaleConstraints  # noqa: E402
+from MedRationaleTraining.constraints import FAINT, TYPICAL_MM2, RationaleConstraints  # noqa: E402
 from MedRationaleTraining.data.stacks import Stack  # noqa: E402
 from MedRationaleTraining.evidence_metrics import relevance_mass  # noqa: E402
 from training_samples import TINY  # noqa: E402
@@ -87,8 +87,9 @@ def test_maps_that_share_the_lesion_between_them_attain_all() -> None:
     found = g(constraints(disentangle_share=0.5, localise_share=0.25), halves(), stack())
     assert found.pop("disentangle.adc_signal.dwi_signal") == pytest.approx(1 - 1 / 0.5)
     assert found.pop("disentangle.zone") == pytest.approx(1 - 1 / 0.5)
-    held = [f"localise.{n}" for n in ("lesion", "presence", "pz", "tz", "gland")]
-    assert found == pytest.approx(dict.fromkeys((*held, "contain.adc_signal", "contain.dwi_signal"), -1.0))
+    contained = found.pop("contain.adc_signal"), found.pop("contain.dwi_signal")
+    assert contained == pytest.approx((FAINT * 80 / (40 + FAINT * 80) / 0.5 - 1,) * 2)
+    assert found == pytest.approx({f"localise.{n}": -1.0 for n in ("lesion", "presence", "pz", "tz", "gland")})
 
 
 def test_equal_maps_are_not_apart_and_dark_ones_not_localised() -> None:
@@ -117,27 +118,51 @@ def test_another_findings_place_is_left_out() -> None:
     assert found["localise.lesion"] == pytest.approx(-1.0)
 
 
-def test_a_faint_map_is_contained_by_the_share_of_its_mass_and_not_by_its_brightness() -> None:
+def test_a_map_is_contained_by_the_share_of_its_mass_which_the_sum_of_all_does_not_see() -> None:
     adc, dwi = torch.zeros(1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE)
-    adc[0, LESION[0], LESION[1]] = 0.01
-    adc[0, 50:58, 50:60] = 0.03  # as large as the lesion
+    adc[0, LESION[0], LESION[1]] = 0.1
+    adc[0, 50:58, 50:60] = 0.3  # as large as the lesion
     dwi[0, LESION[0], LESION[1]] = 1
     maps = Drawn(adc_marked_hypointense=adc, dwi_marked_hyperintense=dwi)
     found = g(constraints(contain_share=0.5), maps, stack())
-    (rma,) = relevance_mass(adc.numpy(), stack().regions[0].numpy())
-    assert found["contain.adc_signal"] == pytest.approx((1 - rma) / 0.5 - 1) == pytest.approx(0.5)
-    assert found["contain.dwi_signal"] == pytest.approx(-1.0)
-    assert found["localise.lesion"] < 0  # the sum does not see it
+    (rma,), mass = relevance_mass(adc.numpy(), stack().regions[0].numpy()), 8 + 24
+    assert rma == pytest.approx(0.25)
+    assert found["contain.adc_signal"] == pytest.approx((1 - rma * mass / (mass + FAINT * 80)) / 0.5 - 1)
+    assert found["contain.dwi_signal"] < 0
+    assert found["localise.lesion"] < 0
 
 
-@pytest.mark.parametrize(("other", "expected"), [("adc_marked_hypointense", -1.0), ("adc_mild_hypointense", -0.5)])
+def test_a_dark_map_is_not_contained() -> None:
+    found = g(constraints(contain_share=0.5), Drawn(), stack())
+    assert found["contain.adc_signal"] == pytest.approx(1 / 0.5 - 1)
+
+
+def test_maps_may_all_be_bright_in_the_lesion_but_not_beside_it() -> None:
+    bright = torch.zeros(1, SIZE, SIZE)
+    bright[0, LESION[0], LESION[1]] = 0.9
+    maps = Drawn(adc_marked_hypointense=bright, dwi_marked_hyperintense=bright)
+    assert g(constraints(localise_share=0.25), maps, stack())["localise.lesion"] == pytest.approx(-1.0)
+    beside = bright.roll(30, 2)
+    maps = Drawn(adc_marked_hypointense=beside, dwi_marked_hyperintense=beside)
+    assert g(constraints(localise_share=0.25), maps, stack())["localise.lesion"] == pytest.approx(
+        (1 + 1.8**2) / 0.25 - 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("adc_marked_hypointense", lambda area, faint: faint / (area + faint)),
+        # Half of the first's heat is elsewhere, and the second's own map is dark.
+        ("adc_mild_hypointense", lambda area, faint: ((area + faint) / (2 * area + faint) + 1) / 2),
+    ],
+)
 def test_heat_on_another_finding_is_in_place_where_the_answer_is_the_same(other, expected) -> None:
     adc = torch.zeros(1, SIZE, SIZE)
     adc[0, LESION[0], 20:28] = adc[0, LESION[0], 30:38] = 1
     two = replace(stack(lesions=2), answers=(ANSWERS, ANSWERS | {"adc_signal": other}))
     found = g(constraints(contain_share=0.5), Drawn(adc_marked_hypointense=adc), two)
-    # Half of it is off the first where the answers differ; the second's own map is dark, hence nowhere wrong.
-    assert found["contain.adc_signal"] == pytest.approx(expected)
+    assert found["contain.adc_signal"] == pytest.approx(expected(80.0, FAINT * 80) / 0.5 - 1)
 
 
 def test_where_there_is_nothing_nothing_may_light_up() -> None:

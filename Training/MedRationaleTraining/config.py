@@ -178,11 +178,12 @@ class FitConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> FitConfig:
         """The inverse of dataclasses.asdict, after JSON or YAML."""
         optimizer = dict(data["optimizer"])
+        constraints = data.get("constraints", {"disentangle": False, "localise": False})
         parts = {
             "model": ModelConfig.from_dict(data["model"]),
             "sampling": SamplingConfig(**data["sampling"]),
             "loss": LossConfig(**data["loss"]),
-            "constraints": ConstraintConfig(**data.get("constraints", {"disentangle": False, "localise": False})),
+            "constraints": ConstraintConfig(**{"contain_share": 1.0} | constraints),  # earlier runs knew none
             "tuning": TuningConfig(**data.get("tuning", {})),
             "optimizer": OptimizerConfig(**(optimizer | {"betas": tuple(optimizer["betas"])})),
         }

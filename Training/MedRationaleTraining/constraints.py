@@ -5,11 +5,13 @@ D(a, b) = sum_p (a - b)^2 / |M| (distance "l2"; the other two have no unit) the 
 
 disentangle   g = 1 - D(h_k, h_k') / (disentangle_share * attainable)      for every two concepts of one finding
 localise      g = D(sum_k h_k, M) / localise_share - 1                     for what the concepts describe
-contain       g = (1 - sum_p(h_k M) / sum_p(h_k)) / contain_share - 1      for every concept of a finding by itself
+contain       g = (1 - sum_p(h_k M) / (sum_p(h_k) + FAINT |M|)) / contain_share - 1    for every concept of a finding
 
 The third goes beyond the paper. The sum of a finding's maps can lie on the finding while each of the dim ones among
 them has most of its mass elsewhere, which a squared distance hardly counts; one minus a map's relevance mass accuracy
-(paper, Eq. 5), a slice at a time, does. It belongs to `localise`, and with a share of 1 it holds always.
+(paper, Eq. 5), a slice at a time, does, and a map that is dark is not contained either. It belongs to `localise`, and
+with a share of 1 it holds always. Where the sum exceeds 1 within M it counts as 1: heatmaps that share a finding would
+else have to be faint, each 1 / K, to let the sum be M.
 
 `attainable` is the distance at which the sum is still M: K concepts that share a structure evenly and do not overlap
 are 2 |M| / K apart, hence 2 / K in this unit. Constraints of one kind and node pair share a multiplier; within a batch
@@ -38,8 +40,8 @@ NOT_DESCRIBED = ("lesion_presence", "zone")
 TYPICAL_MM2 = 130.0
 """Area of the median lesion (13 mm across) in its largest slice; what an empty mask is measured in."""
 CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
-NO_MASS = 1e-3
-"""A map whose sum over a slice (in patches of heat 1) is less has no share anywhere."""
+FAINT = 0.02
+"""Heat, as a mean over the structure, that is as good as none."""
 PRESENT = "lesion_present"
 ZONES = {"zone_pz": "pz", "zone_tz": "tz"}
 
@@ -118,7 +120,8 @@ class RationaleConstraints:
                 found["localise.lesion"].append(self._localised(maps.sum(0), mask, weight, area))
                 for node, own in zip(nodes, maps, strict=True):
                     alike = [o for o, other in enumerate(stack.answers) if other.get(node) == answers[node]]
-                    found[f"contain.{node}"].append(self._contained(own, mask, regions[alike][:, there].sum(0)))
+                    elsewhere = (1 - regions[alike][:, there].sum(0)).clamp(0, 1)
+                    found[f"contain.{node}"].append(self._contained(own, mask, elsewhere))
 
     def _anatomy(self, heat: Tensor, stack: Stack, found: dict[str, list[Tensor]]) -> None:
         """Zone concepts on their zones, together on the gland; the presence of a lesion on all lesions."""
@@ -156,17 +159,17 @@ class RationaleConstraints:
     # ------------------------------------------------------------ distances
 
     def _localised(self, total: Tensor, mask: Tensor, weight: Tensor, area: Tensor) -> Tensor:
+        total = total - mask * (total - 1).clamp(min=0)
         pairs = ((total, total), (mask, mask), (total, mask))
         apart = self._distance(*((weight * a * b).sum() for a, b in pairs), area)
         return apart / self._config.localise_share - 1
 
-    def _contained(self, heat: Tensor, mask: Tensor, alike: Tensor) -> Tensor:
-        """The mean share of (S, h, w) heat that lies off the mask and off all findings that it is true of."""
+    def _contained(self, heat: Tensor, mask: Tensor, elsewhere: Tensor) -> Tensor:
+        """The share of (S, h, w) heat that lies elsewhere, as a mean over slices; FAINT of the mask counts with it."""
         positive = heat.clamp(min=0)
-        inside = (positive * mask).sum((1, 2))
-        outside = (positive * (1 - alike).clamp(0, 1)).sum((1, 2))
-        share = outside / (outside + inside).clamp(min=NO_MASS)
-        return share.mean() / self._config.contain_share - 1
+        inside, outside = (positive * mask).sum((1, 2)), (positive * elsewhere).sum((1, 2))
+        missed = outside + FAINT * mask.sum((1, 2))
+        return (missed / (inside + missed)).mean() / self._config.contain_share - 1
 
     def _distance(self, aa: Tensor, bb: Tensor, ab: Tensor, area: Tensor) -> Tensor:
         """D of two maps from their inner products."""
