@@ -162,6 +162,18 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="compact", metavar="NAME", help="shipped model or model folder (compact)")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to run on (auto)")
     group.add_argument(
+        "--precision", default="auto", choices=("auto", "float32", "bfloat16", "int8"),
+        help="what to compute in: bfloat16 where the device has it (auto); int8 helps CPUs without it",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true",
+        help="let torch compile the image encoder: up to a minute at first, then faster; for large models and batches",
+    )  # fmt: skip
+    group.add_argument(
+        "--all-slices", action="store_true",
+        help="look at every slice, also where a model could leave out those without gland",
+    )  # fmt: skip
+    group.add_argument(
         "--retrieval", default="lesion", choices=("lesion", "slice"),
         help="whose embeddings answer the questions: the lesion's own patches (default), or the mean of its slices",
     )  # fmt: skip

@@ -229,7 +229,13 @@ def _load(args: argparse.Namespace, load: Loader | None, stages: Stages) -> Asse
 
         load = Predictor.load
     stages("load", 0.0)
-    return load(args.model, device=args.device)
+    return load(
+        args.model,
+        device=args.device,
+        precision=args.precision,
+        compiled=args.compile,
+        all_slices=args.all_slices,
+    )
 
 
 def _fail(sentence: str, code: int) -> int:

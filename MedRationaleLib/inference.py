@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,9 @@ from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
-from MedRationaleLib.failures import is_out_of_memory
 from MedRationaleLib.findings import LesionMeasurement, measure_gland, measure_lesions
-from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, clean_masks, zone_signal
+from MedRationaleLib.network import Network, Precision, Prediction
+from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, zone_signal
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.study import Study
@@ -36,54 +35,14 @@ Progress = Callable[[str, float], None]
 """(stage, fraction done in [0, 1]); the stages are "model", "masks", "findings", "evidence"."""
 Retrieval = Literal["lesion", "slice"]
 """Whose embeddings answer: the lesion's own patches, or the mean of its whole slices (the paper's way)."""
-CLASSES = ("gland", "pz", "tz", "lesion")
 RECENTRE_MM = (10.0, 10.0, 9.0)
 """A gland whose centre lies further than this from the crop's (x, y, z) is looked at again, in a crop around it."""
 FOUND_ML = 10.0
 """Less gland than this in the first crop, and the rest of the field of view is searched."""
 LARGEST_ML = 300.0
 """More gland than this in the result, or less than FOUND_ML, and the Assessment warns of it."""
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What the network says of one crop."""
-
-    grid: Grid
-    probabilities: np.ndarray
-    """(4, S, h, w) float32 in [0, 1]: gland, PZ, TZ, lesion."""
-    similarity: np.ndarray
-    """(K, S, h', w') float32 cosine similarity of every patch and concept."""
-    slice_similarity: np.ndarray
-    """(S, K) the same for every slice's mean embedding."""
-
-    def masks(self, config: PostprocessingConfig, study: Study) -> Masks:
-        """Clean masks on the grid of the study's T2W, as that is stored.
-
-        They are decided on the coarser of its lattice and the crop's: on the crop's for every T2W that is stored at
-        least as finely, and then copied by nearest neighbour, so that finer storage changes no outline.
-        """
-        grid = self.grid.coarsened(Grid.of(study.t2w))
-        images = (grid.image(grid.from_reference(self.grid.image(p))) for p in self.probabilities)
-        sequences = {
-            name: (
-                grid.image(grid.from_reference(getattr(study, name))),
-                grid.image(grid.from_reference(study.valid[name], nearest=True)),
-            )
-            for name in DIFFUSION
-            if name not in study.missing
-        }
-        return clean_masks(dict(zip(CLASSES, images, strict=True)), config, sequences).on(study.t2w)
-
-    def gland_centre(self) -> tuple[np.ndarray | None, float]:
-        """Centroid (LPS mm) and volume (ml) of the raw gland mask; None where there is none."""
-        image = self.grid.image((self.probabilities[0] > 0.5).astype(np.uint8))
-        shape = sitk.LabelShapeStatisticsImageFilter()
-        shape.Execute(sitk.RelabelComponent(sitk.ConnectedComponent(image), sortByObjectSize=True))
-        if not shape.HasLabel(1):
-            return None, 0.0
-        return np.array(shape.GetCentroid(1)), shape.GetPhysicalSize(1) / 1000
+BESIDE = 2
+"""Slices (of 3 mm) above and below the gland that are looked at with it."""
 
 
 @dataclass
@@ -108,10 +67,21 @@ class Predictor:
     >>> assessment = predictor.assess(Study.from_case("case_folder"))
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str, postprocessing: PostprocessingConfig) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str,
+        postprocessing: PostprocessingConfig,
+        *,
+        precision: Precision = "auto",
+        compiled: bool = False,
+        all_slices: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
-        self.model = checkpoint.model
-        self.device = device
+        self.network = Network(checkpoint.model, device, precision=precision, compiled=compiled)
+        self.model = self.network.model
+        self.all_slices = all_slices
+        self._coarse: Predictor | None = None
         self.postprocessing = postprocessing
         self.bank = ConceptBank.load()
         unknown = [c for c in self.bank if c not in self.model.concepts]
@@ -122,9 +92,31 @@ class Predictor:
             )
         self.spec = CropSpec(pixels=self.model.config.pixels)
 
+    @property
+    def device(self) -> str:
+        """Where the network runs: the CPU, too, when the memory of a GPU did not suffice."""
+        return self.network.device
+
     @classmethod
-    def load(cls, name_or_path: str | Path = "compact", *, device: str = "auto") -> Predictor:
-        """Load a model folder, or a shipped model by its name; device "auto" takes CUDA, then MPS, then the CPU."""
+    def load(
+        cls,
+        name_or_path: str | Path = "compact",
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        compiled: bool = False,
+        all_slices: bool = False,
+    ) -> Predictor:
+        """Load a model folder, or a shipped model by its name.
+
+        Args:
+            name_or_path: "compact", or a folder with config.json and model.safetensors.
+            device: "auto" takes CUDA, then MPS, then the CPU.
+            precision: see network.Precision.
+            compiled: see network.Network.
+            all_slices: show the network all slices, also where a model that looks at them one by one could leave out
+                those without gland.
+        """
         import torch
 
         from MedRationaleLib.model.checkpoint import load_checkpoint
@@ -144,7 +136,7 @@ class Predictor:
             raise InputError(
                 f"Expected postprocessing settings in {checkpoint.folder}/config.json, got {error}; restore the folder."
             ) from error
-        return cls(checkpoint, device, postprocessing)
+        return cls(checkpoint, device, postprocessing, precision=precision, compiled=compiled, all_slices=all_slices)
 
     def assess(
         self,
@@ -261,51 +253,21 @@ class Predictor:
         return bool((offset > RECENTRE_MM)[beyond | np.array([True, True, False])].any())
 
     def _forward(self, given: ModelInput) -> Prediction:
-        """One crop through the network, together with its mirror image (left-right), whose answer is averaged in.
+        """One crop; of a model that looks at slices one by one, those near the gland only."""
+        return self.network(given, self._near_gland(given))
 
-        Where the GPU's memory does not suffice for both at once they go one after the other, then on the CPU.
+    def _near_gland(self, given: ModelInput) -> np.ndarray | None:
+        """(S,) bool: slices with gland by the shipped model, which is far faster, and BESIDE on either side.
+
+        None, for all of them, where this is turned off, pays nothing, or finds no gland.
         """
-        import torch
-
-        images = torch.from_numpy(given.images)
-        pair = torch.stack([images, images.flip(-1)])
-        for views in (pair.split(2), pair.split(1)):
-            try:
-                answers = [answer for view in views for answer in self._ask(view)]
-                break
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; Apple's GPUs raise no class of their own
-                if not is_out_of_memory(error):
-                    raise
-                torch.cuda.empty_cache()
-                logger.warning("the memory of %s does not suffice for %d stack(s) at once", self.device, len(views[0]))
-        else:
-            logger.warning("the model goes on on the CPU, which takes longer")
-            self.device = "cpu"
-            self.model.to(self.device)
-            answers = self._ask(pair)
-        (probabilities, similarity), (mirrored_probabilities, mirrored_similarity) = answers
-        probabilities = (probabilities + mirrored_probabilities.flip(-1)) / 2
-        similarity = (similarity + mirrored_similarity.flip(-1)) / 2
-        return Prediction(
-            grid=given.grid,
-            probabilities=probabilities.permute(1, 0, 2, 3).numpy(),
-            similarity=similarity.numpy(),
-            slice_similarity=similarity.mean((2, 3)).T.numpy(),
-        )
-
-    def _ask(self, stacks: Any) -> list[tuple[Any, Any]]:
-        """(B, S, 3, H, W) -> of each stack probabilities (S, 4, h, w) and similarities (K, S, h', w') on the CPU."""
-        import torch
-
-        from MedRationaleLib.model.precision import autocast
-
-        with torch.inference_mode(), autocast(self.device):
-            output = self.model(stacks.to(self.device))
-        concepts = self.model.concept_embeddings
-        return [
-            (logits.float().sigmoid().cpu(), output.similarity(index, concepts).float().cpu())
-            for index, logits in enumerate(output.mask_logits)
-        ]
+        if self.all_slices or not self.network.by_slice:
+            return None
+        if self._coarse is None:
+            self._coarse = Predictor.load("compact", device=self.device)
+        gland = (self._coarse.network(given).probabilities[0] > 0.5).any((1, 2))
+        near = np.convolve(gland, np.ones(2 * BESIDE + 1), "same") > 0
+        return near if near.any() else None
 
     # ------------------------------------------------------------ findings
 
@@ -374,7 +336,7 @@ class Predictor:
         for index in range(stored.size[2]):
             point = stored.index_to_point([middle[0], middle[1], index])
             nearest = round(float(prediction.grid.point_to_index(point)[2]))
-            if not 0 <= nearest < prediction.grid.size[2]:
+            if not 0 <= nearest < prediction.grid.size[2] or not prediction.seen[nearest]:
                 continue
             values = prediction.slice_similarity[nearest]
             similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
@@ -401,6 +363,7 @@ class Predictor:
             | {p: metadata.version(p) for p in packages},
             "platform": platform.platform(),
             "device": self.device,
+            "precision": self.network.precision,
             "model": {
                 "name": self.model.config.name,
                 "sha256": self.checkpoint.sha256,

@@ -34,7 +34,7 @@ class Model(FakePredictor):
         super().__init__()
         self.faults, self.loaded, self.seen, self.studies = faults, 0, [], []
 
-    def load(self, name: str, *, device: str) -> Model:
+    def load(self, name: str, *, device: str, **how: object) -> Model:
         self.loaded += 1
         return super().load(name, device=device)
 

@@ -41,7 +41,7 @@ class FakePredictor:
         self.asked = SimpleNamespace()
         self.checkpoint, self.postprocessing = SimpleNamespace(sha256="0" * 64), None
 
-    def load(self, name: str, *, device: str) -> FakePredictor:
+    def load(self, name: str, *, device: str, **how: object) -> FakePredictor:
         self.asked.model, self.asked.device = name, device
         return self
 

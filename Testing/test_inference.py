@@ -332,7 +332,7 @@ def test_where_memory_holds_one_stack_only_they_go_one_after_the_other(
     import torch
 
     small, asked = copy_of(predictor), []
-    real = small._ask
+    real = small.network._ask
 
     def ask(stacks):
         asked.append(len(stacks))
@@ -340,7 +340,7 @@ def test_where_memory_holds_one_stack_only_they_go_one_after_the_other(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(stacks)
 
-    monkeypatch.setattr(small, "_ask", ask)
+    monkeypatch.setattr(small.network, "_ask", ask)
     assessment = small.assess(phantom)
     assert set(zip(asked[::3], asked[1::3], asked[2::3], strict=True)) == {(2, 1, 1)}
     assert_same(assessed, assessment)
@@ -352,7 +352,7 @@ def test_where_the_gpu_has_no_memory_at_all_the_cpu_goes_on_and_says_so(predicto
     import torch
 
     gpu = copy_of(predictor)
-    gpu.device, real, asked = "cuda", gpu._ask, []
+    gpu.network.device, real, asked = "cuda", gpu.network._ask, []
 
     def ask(stacks):
         asked.append((gpu.device, len(stacks)))
@@ -360,7 +360,7 @@ def test_where_the_gpu_has_no_memory_at_all_the_cpu_goes_on_and_says_so(predicto
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(stacks)
 
-    gpu._ask = ask
+    gpu.network._ask = ask
     assessment = gpu.assess(phantom)
     assert asked[:3] == [("cuda", 2), ("cuda", 1), ("cpu", 2)] and set(asked[3:]) <= {("cpu", 2)}
     assert_same(assessed, assessment)
@@ -375,7 +375,7 @@ def test_memory_that_runs_out_on_the_cpu_too_ends_the_run(predictor, phantom, mo
     def ask(stacks):
         raise MemoryError
 
-    monkeypatch.setattr(small, "_ask", ask)
+    monkeypatch.setattr(small.network, "_ask", ask)
     with pytest.raises(MemoryError):
         small.assess(phantom)
 

@@ -40,7 +40,7 @@ NOT_DESCRIBED = ("lesion_presence", "zone")
 TYPICAL_MM2 = 130.0
 """Area of the median lesion (13 mm across) in its largest slice; what an empty mask is measured in."""
 CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
-FAINT = 0.02
+FAINT = 0.002
 """Heat, as a mean over the structure, that is as good as none."""
 PRESENT = "lesion_present"
 ZONES = {"zone_pz": "pz", "zone_tz": "tz"}
