@@ -1,7 +1,6 @@
 """MedRationale in 3D Slicer: prostate MRI in, findings with their reasons and evidence out."""
 
 import importlib.util
-import logging
 import os
 import sys
 import time
@@ -38,6 +37,8 @@ from MedRationaleSlicer.run import AssessTask, ReadTask, Request, Task  # noqa: 
 
 from MedRationaleLib.resources import resource_path  # noqa: E402
 
+SUGGEST_AFTER_MS = 300
+"""A volume is in the scene before it has its voxels and its place in the hierarchy."""
 SECONDS = {"cpu": 8.0}
 """A run of the shipped model on two CPU cores, imports included; other devices tell after their first run."""
 
@@ -94,6 +95,8 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._guiTag: Any = None
         self._task: Task | None = None
         self._started = 0.0
+        self._told: tuple[Any, ...] = ()
+        self._automatic = True  # nobody has chosen a volume by hand
 
     # ------------------------------------------------------------ set up and take down
 
@@ -106,6 +109,9 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         widget.setMRMLScene(slicer.mrmlScene)
         self.logic = MedRationaleLogic()
         self.results = ResultsPanel(self.ui)
+        self._suggestSoon = qt.QTimer()
+        self._suggestSoon.setSingleShot(True)
+        self._suggestSoon.connect("timeout()", self._suggestAgain)
         models = resource_path("Models")  # in a source tree beside the library, inside it where it is installed
         for name in sorted(path.name for path in models.glob("*") if (path / "config.json").is_file()):
             self.ui.modelComboBox.addItem(name)
@@ -122,13 +128,16 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             box.connect("currentTextChanged(QString)", lambda text, name=parameter: self._chosen(name, text))
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartImportEvent, self.onSceneStartImport)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndClose)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAddedEvent, self.onNodeAdded)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.NodeAboutToBeRemovedEvent, self.onNodeAboutToBeRemoved)
         self.initializeParameterNode()
 
     def cleanup(self) -> None:
         """The panel goes: so does what runs."""
         self._cancel()
+        self._suggestSoon.stop()
         self.setParameterNode(None)
         self.removeObservers()
 
@@ -152,21 +161,41 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._finish("")
         self.setParameterNode(None)
 
+    def onSceneStartImport(self, caller: Any = None, event: Any = None) -> None:
+        """References are half there during an import; nothing is to write them back."""
+        self.setParameterNode(None)
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def onNodeAdded(self, caller: Any, event: Any, node: Any) -> None:
+        """More volumes may make a better choice, as long as nobody has chosen."""
+        if node.IsA("vtkMRMLScalarVolumeNode") and not slicer.mrmlScene.IsBatchProcessing():
+            self._suggestSoon.start(SUGGEST_AFTER_MS)
+
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def onNodeAboutToBeRemoved(self, caller: Any, event: Any, node: Any) -> None:
         """An assessment that is deleted by hand takes what it hides with it."""
         if not slicer.mrmlScene.IsClosing() and node.GetAttribute(ROLE) == "assessment":
             hidden = hidden_nodes(node)
-            qt.QTimer.singleShot(0, lambda: [remove_node(each) for each in hidden])
+            qt.QTimer.singleShot(0, lambda: self._afterRemoval(hidden))
+
+    def _afterRemoval(self, hidden: list[Any]) -> None:
+        for each in hidden:
+            remove_node(each)
+        if self._parameterNode is not None and self._parameterNode.results is None:
+            left = Results.in_scene()
+            self.results.onResultsSelected(left[-1].node if left else None)
 
     def onSceneEndClose(self, caller: Any = None, event: Any = None) -> None:
         """A new scene, or one that was loaded."""
-        if self.parent.isEntered:
+        self._told, self._automatic = (), True
+        if self.parent.isEntered or self._task is not None:
             self.initializeParameterNode()
 
     def initializeParameterNode(self) -> None:
         """Take up the scene's state; with nothing chosen yet, suggest."""
-        self.setParameterNode(self.logic.getParameterNode())
+        node = self.logic.getParameterNode()  # a wrapper of its own each time
+        if self._parameterNode is None or node.parameterNode is not self._parameterNode.parameterNode:
+            self.setParameterNode(node)
         if self._parameterNode.t2w is None and self._task is None:
             self._take(inputs.suggest())
 
@@ -178,7 +207,9 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._parameterNode = node
         self.results.setParameterNode(node)
         if node is not None:
-            self._guiTag = node.connectGui(self.ui)
+            # Not connectGui, which returns no tag to disconnect by.
+            named = ((widget.property("SlicerParameterName"), widget) for widget in vars(self.ui).values())
+            self._guiTag = node.connectParametersToGui({name: widget for name, widget in named if name})
             for box, parameter in self._choices().items():
                 _select(box, getattr(node, parameter))
             self.addObserver(node, vtk.vtkCommand.ModifiedEvent, self._onParameters)
@@ -203,10 +234,22 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             )
 
     def _take(self, suggestion: inputs.Suggestion) -> None:
+        self._told = ()
         if suggestion.text:  # also what is unclear: volumes that were chosen before may belong to another examination
             for name in inputs.SEQUENCES:
                 setattr(self._parameterNode, name, suggestion[name])
+            self._told = self._inputs()
+        self._automatic = True
         self.ui.choiceLabel.text = suggestion.text
+
+    def _inputs(self) -> tuple[Any, ...]:
+        """Ids of the chosen volumes."""
+        nodes = (getattr(self._parameterNode, name) for name in inputs.SEQUENCES)
+        return tuple(node.GetID() if node is not None else None for node in nodes)
+
+    def _suggestAgain(self) -> None:
+        if self._task is None and self._parameterNode is not None and self._automatic:
+            self._take(inputs.suggest())
 
     def onLoadFolder(self, checked: bool = False) -> None:
         """Ask for a folder and load its examination."""
@@ -224,6 +267,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._finish(_("Loaded {count} sequences; please check them.").format(count=len(nodes)))
         for name in inputs.SEQUENCES:
             setattr(self._parameterNode, name, nodes.get(name))
+        self._told, self._automatic = self._inputs(), False
         told = [f"{inputs.TITLES[n]}: {node.GetAttribute('MedRationale.reason')}" for n, node in nodes.items()]
         self.ui.choiceLabel.text = "\n".join(text.split("; rejected")[0] for text in told)
         self.ui.choiceLabel.toolTip = "\n".join(told)
@@ -268,7 +312,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 "and faint ones are missed, so read the images yourself."
             ).format(seconds=seconds)
         self._finish(told)
-        self.results.onResultsSelected(results.node)
+        self.results.open(results.node)
 
     def onInstall(self, checked: bool = False) -> None:
         """Install what is missing, after asking."""
@@ -279,6 +323,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Ask for a folder and write everything."""
         folder = qt.QFileDialog.getExistingDirectory(slicer.util.mainWindow(), _("Folder for the results"))
         if folder:
+            self.ui.statusLabel.text = _("The export failed.")  # unless it does not
             with slicer.util.tryWithErrorDisplay(_("The export failed."), waitCursor=True):
                 report = self.logic.export(self.results.current, folder)
                 self.ui.statusLabel.text = _("Exported; the report is {path}").format(path=report)
@@ -310,7 +355,6 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def _onFailed(self, sentence: str) -> None:
         self._finish(sentence)
-        logging.error("MedRationale: %s", sentence)
         slicer.util.errorDisplay(sentence, windowTitle="MedRationale")
 
     def _cancel(self) -> None:
@@ -329,6 +373,11 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     # ------------------------------------------------------------ showing
 
     def _onParameters(self, caller: Any = None, event: Any = None) -> None:
+        if slicer.mrmlScene.IsBatchProcessing():
+            return
+        if self._parameterNode is not None and self._told and self._inputs() != self._told:
+            self._told, self._automatic = (), False  # what the label says is not what is chosen any more
+            self.ui.choiceLabel.text = self.ui.choiceLabel.toolTip = ""
         self._checkCanApply()
         self.results.refresh()
 
@@ -338,7 +387,7 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         button.enabled = self._task is not None or ready
         button.toolTip = (
             _("End the run; the scene stays as it is.") if self._task is not None
-            else _("Segment and explain.") if ready
+            else _("Segment and explain. {estimate}").format(estimate=self._estimate()) if ready
             else _("Choose the axial T2W first.")
         )  # fmt: skip
         for name in ("suggestButton", "loadFolderButton", "installButton"):
@@ -413,9 +462,10 @@ class MedRationaleLogic(ScriptedLoadableModuleLogic):
         installation.ensure_installed(ask=False, install=install)
         request = Request(inputs=volumes, model=model, device=device, dce=dce, psa=psa, b_value=bValue)
         results = AssessTask(request, progress=progress).run()
-        parameters = self.getParameterNode()
-        parameters.results = results.node
-        return results.assessment()
+        parameters, assessment = self.getParameterNode(), results.assessment()
+        parameters.finding = assessment.findings[0].id if assessment.findings else ""
+        parameters.step, parameters.results = "", results.node
+        return assessment
 
     def loadFolder(self, folder: str) -> dict[str, Any]:
         """Load T2W, ADC and DWI of a DICOM folder, or a folder of image files: {"t2w": node, ...}. Waits."""

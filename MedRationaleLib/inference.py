@@ -303,7 +303,7 @@ class Predictor:
             likelihood=round(lesion.likelihood, 4),
             t2w_score=walk.t2w_score,
             dwi_score=walk.dwi_score,
-            dce=walk.dce,
+            dce=dce,  # what the reader saw, whether or not the tree asked for it
             pirads=walk.pirads,
             rationale=tuple(answering.steps),
             contradictions=(

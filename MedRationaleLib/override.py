@@ -103,7 +103,7 @@ def override_finding(tree: DecisionTree, finding: Finding, overrides: Mapping[st
         zone=tree.zone(again.walk.answers) or finding.zone,
         t2w_score=again.walk.t2w_score,
         dwi_score=again.walk.dwi_score,
-        dce=again.walk.dce,
+        dce=again.walk.dce if "dce" in again.walk.answers else finding.dce,
         pirads=again.walk.pirads,
         contradictions=tuple(c for c in finding.contradictions if not c.startswith(decided)),
     )

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -276,12 +277,15 @@ def _open(log: Path) -> TextIO:
 
 
 def _keep_alive(messages: Messages, parent: int) -> None:
-    """Signs of life; ends the process when that which started it is gone (told by a new parent, not on Windows)."""
+    """Signs of life, with the processor time spent, which stands still where all wait.
+
+    Ends the process when that which started it is gone (told by a new parent, not on Windows).
+    """
     while True:
         threading.Event().wait(ALIVE_EVERY_S)
         if os.name == "posix" and os.getppid() != parent:
             os._exit(1)
-        messages.send("alive")
+        messages.send("alive", cpu_s=round(time.process_time(), 2))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,14 @@ def main() -> int:
         return 0
     elif how == "is silent":
         time.sleep(600)
+    elif how == "waits for nothing":
+        while True:
+            send("alive", cpu_s=1.0)
+            time.sleep(0.2)
+    elif how == "computes":
+        for tenth in range(40):
+            send("alive", cpu_s=1.0 + tenth / 10)
+            time.sleep(0.1)
     elif how == "fails":
         send("failed", text="T2W: expected an axial series, got a sagittal one; give the axial T2W.", code=2)
         return 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from sample_assessments import drawn_assessment
 
 from MedRationaleLib.assessment import Candidate, Finding, RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
@@ -136,6 +139,14 @@ def test_contrast_enhancement_is_not_available_until_the_reader_says_so(tree, ra
     positive = override(tree, unknown.rationale, {"dce": "dce_positive"})
     assert (positive.walk.dce, positive.walk.pirads) == ("positive", 4)
     assert by_node(positive)["dce"].overridden == "dce_not_available"
+
+
+def test_what_the_reader_saw_of_enhancement_stays_where_the_tree_does_not_ask(tree):
+    finding = replace(
+        drawn_assessment().findings[0], dce="positive", rationale=drawn_assessment().findings[1].rationale
+    )
+    changed = override_finding(tree, finding, {"homogeneity": "heterogeneous"})
+    assert "dce" not in {step.node for step in changed.rationale} and changed.dce == "positive"
 
 
 def test_an_override_that_the_path_does_not_ask_for_is_named(tree, rationale):

@@ -129,6 +129,46 @@ def test_what_is_no_image_is_refused_with_a_sentence(what: str, scene: Any, play
         logic.process(node)
 
 
+def test_a_heatmap_is_no_image_of_the_examination(panel: Any, run: Callable[[], Any], volumes: dict[str, Any]) -> None:
+    run()
+    results = panel.results.current
+    heatmap = results.heatmap(next(s.evidence for s in results.findings[0].rationale if s.evidence))
+    with pytest.raises(RuntimeError, match=r"ADC: expected an image of the examination, got the heatmap Evidence"):
+        panel.logic.process(volumes["t2w"], adc=heatmap)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"dce": "maybe"}, "DCE: expected not available, negative, positive, got 'maybe'."),
+     ({"device": "tpu"}, "device: expected auto, cuda, mps, cpu, got 'tpu'.")],
+)  # fmt: skip
+def test_a_script_is_told_what_it_may_choose(volumes: dict[str, Any], panel: Any, wrong: dict, sentence: str) -> None:
+    with pytest.raises(RuntimeError) as told:
+        panel.logic.process(**volumes, **wrong)
+    assert str(told.value) == sentence
+
+
+def test_volumes_that_are_loaded_later_are_chosen_until_somebody_chooses(
+    scene: Any, open_panel: Callable[[Path], Any], wait_until: Callable[..., None], play: Play
+) -> None:
+    import slicer
+
+    panel = open_panel(MODULE)
+
+    def load(name: str) -> Any:
+        return slicer.util.addVolumeFromArray(np.ones((4, 5, 6), np.int16), name=name)
+
+    t2w = load("case_t2w")
+    wait_until(lambda: panel.ui.t2wSelector.currentNode() is t2w)
+    adc = load("case_adc")
+    wait_until(lambda: panel.ui.adcSelector.currentNode() is adc)
+    assert panel.ui.choiceLabel.text.startswith("Chosen: T2W by its name, ADC by its name. Not found: DWI")
+    panel.ui.adcSelector.setCurrentNode(None)
+    assert panel.ui.choiceLabel.text == "", "it told of another choice"
+    panel._suggestAgain()
+    assert panel.ui.adcSelector.currentNode() is None
+
+
 def test_choices_reach_the_worker(panel: Any, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from MedRationaleLib import worker
 

@@ -59,6 +59,14 @@ def test_a_real_examination_is_read_from_dicom_assessed_and_saved(
     assert panel.ui.t2wSelector.currentNode().GetName() == "t2_tse_tra"
     assert panel.ui.adcSelector.currentNode().GetName() == "ep2d_diff_tra_DYNDIST_ADC"
     assert "series 8" in panel.ui.choiceLabel.toolTip
+    shown = slicer.mrmlScene.GetSubjectHierarchyNode()
+    study = shown.GetItemParent(shown.GetItemByDataNode(panel.ui.t2wSelector.currentNode()))
+    assert shown.GetItemLevel(study) == "Study" and shown.GetItemUID(shown.GetItemParent(study), "DICOM")
+    panel.ui.suggestButton.click()
+    assert (
+        panel.ui.choiceLabel.text
+        == "Chosen: T2W by its DICOM tags, ADC by its DICOM tags, DWI by its DICOM tags. Please check."
+    )
     panel.ui.applyButton.click()
     wait_until(lambda: panel.ui.applyButton.text == "Apply", seconds=180)
     results = panel.results.current

@@ -123,10 +123,12 @@ def test_an_answer_of_the_reader_changes_the_category_everywhere_and_is_undone(
     results = panel.results.current
     finding = results.findings[0]
     assert finding.pirads < drawn.findings[0].pirads
-    assert table_texts(panel)[0][1] == str(finding.pirads)
-    assert results.node.GetNodeReference("MedRationale.table").GetCellText(0, 1) == str(finding.pirads)
+    category = f"{finding.pirads} (reader; model {drawn.findings[0].pirads})"
+    assert table_texts(panel)[0][1] == category and table_texts(panel)[1] == before[1]
+    assert results.node.GetNodeReference("MedRationale.table").GetCellText(0, 1) == category
     segment = results.segmentation.GetSegmentation().GetSegment("lesion-1")
-    assert segment.GetName().endswith(f"(PI-RADS {finding.pirads})")
+    assert segment.GetName() == f"Lesion 1 (PI-RADS {category})"
+    assert f"PI-RADS {category} (T2W" in panel.ui.findingLabel.text
     marked = next(row for row in chain_texts(panel) if "ADC signal" in row[0])
     assert marked[3] == "reader"
     model = panel.ui.rationaleTree.model()
@@ -244,6 +246,58 @@ def test_export_over_foreign_files_is_refused_in_one_sentence(
     assert len(slot_errors.take()) == 1  # Slicer's way: shown, and raised on to the console
 
 
+def test_a_failed_export_leaves_no_word_of_an_earlier_one(
+    panel: Any, run: Callable[[], Any], dialogs: Any, slot_errors: Any, tmp_path: Path
+) -> None:
+    run()
+    dialogs.answer("Folder for the results", str(tmp_path / "good"))
+    panel.ui.exportButton.click()
+    assert "Exported" in panel.ui.statusLabel.text
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    dialogs.answer("Folder for the results", str(tmp_path / "file"))
+    dialogs.answer("The export failed", "Ok")
+    panel.ui.exportButton.click()
+    assert panel.ui.statusLabel.text == "The export failed."
+    assert len(slot_errors.take()) == 1
+
+
+def test_an_export_leaves_the_scene_where_the_user_has_it(panel: Any, run: Callable[[], Any], tmp_path: Path) -> None:
+    import slicer
+
+    run()
+    slicer.mrmlScene.SetURL(str(tmp_path / "mine.mrml"))
+    slicer.mrmlScene.SetRootDirectory(str(tmp_path))
+    panel.logic.export(panel.results.current, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "scene.mrb").is_file()
+    assert (slicer.mrmlScene.GetURL(), slicer.mrmlScene.GetRootDirectory()) == (
+        str(tmp_path / "mine.mrml"),
+        str(tmp_path),
+    )
+
+
+def test_an_edited_outline_is_exported_with_a_warning_and_a_deleted_one_not_at_all(
+    panel: Any, run: Callable[[], Any], volumes: dict[str, Any], tmp_path: Path
+) -> None:
+    import slicer
+
+    run()
+    results = panel.results.current
+    assert not any("edited" in warning for warning in results.assessment().warnings)
+    mask = results._mask("lesion-1").copy()
+    mask[:, :, : int(np.median(np.nonzero(mask)[2]))] = 0
+    slicer.util.updateSegmentBinaryLabelmapFromArray(mask, results.segmentation, "lesion-1", volumes["t2w"])
+    now_ml = mask.sum() * np.prod(volumes["t2w"].GetSpacing()) / 1000
+    report = Path(panel.logic.export(results, str(tmp_path / "out")))
+    (warning,) = (w for w in load_assessment(tmp_path / "out").warnings if "edited" in w)
+    assert f"lesion 1 was edited after the analysis (0.798 ml then, {now_ml:.3f} ml now)" in warning
+    assert "was edited after the analysis" in report.read_text(encoding="utf-8")
+    results.segmentation.GetSegmentation().RemoveSegment("lesion-1")
+    select_step(panel, "adc_signal")
+    with pytest.raises(RuntimeError, match="lesion-1 was deleted; run it again"):
+        panel.logic.export(results, str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_results_can_be_removed_without_trace(panel: Any, volumes: Any, new_nodes: Any, run: Callable[[], Any]) -> None:
     run()
     select_step(panel, "adc_signal")
@@ -305,6 +359,37 @@ def test_an_earlier_assessment_can_be_chosen_again(panel: Any, run: Callable[[],
     selector.setCurrentNode(None)
     selector.nodeActivated.emit(None)
     assert table_texts(panel) == [] and not panel.ui.exportButton.enabled
+    assert panel.ui.statusLabel.text == "" and panel.ui.heatmapCheckBox.text.startswith("show the evidence")
+
+
+def test_when_the_shown_assessment_is_deleted_the_latest_other_one_is_shown(
+    panel: Any, run: Callable[[], Any], wait_until: Callable[..., None]
+) -> None:
+    import slicer
+
+    run()
+    first = panel.results.current
+    run()
+    slicer.mrmlScene.RemoveNode(panel.results.current.node)
+    wait_until(lambda: panel.results.current is not None and panel.results.current.node is first.node)
+    assert len(table_texts(panel)) == 2 and panel.ui.findingLabel.text.startswith("Lesion 1")
+
+
+def test_an_assessment_whose_text_was_spoilt_is_told_in_one_sentence(panel: Any, run: Callable[[], Any]) -> None:
+    run()
+    panel.results.current.node.SetText("{")
+    panel.results.refresh(again=True)
+    assert "cannot be read any more; run it again" in panel.ui.statusLabel.text
+    assert table_texts(panel) == []
+
+
+def test_heat_that_is_highest_elsewhere_is_marked(panel: Any, run: Callable[[], Any], monkeypatch: Any) -> None:
+    from MedRationaleSlicer.results import Hottest, Results
+
+    run()
+    monkeypatch.setattr(Results, "hottest", lambda *_: Hottest(ras=(0.0, 0.0, 0.0), in_lesion=0.04, anywhere=0.43))
+    select_step(panel, "adc_signal")
+    assert panel.ui.heatmapCheckBox.text == "⚠ hotter elsewhere: 0.43, and 0.04 in the lesion (brightest colour)"
 
 
 def test_an_assessment_deleted_by_hand_takes_what_it_hid_with_it(
@@ -318,6 +403,8 @@ def test_an_assessment_deleted_by_hand_takes_what_it_hid_with_it(
     shown = slicer.mrmlScene.GetSubjectHierarchyNode()
     hidden = [n for n in slicer.util.getNodesByClass("vtkMRMLNode") if n.GetAttribute("MedRationale.role") == "record"]
     assert all(shown.GetItemByDataNode(node) == 0 for node in hidden), "the Data module does not list it"
+    status = panel.ui.statusLabel.text
+    assert status
     shown.RemoveItem(results.folder_item)
     wait_until(lambda: not [name for name in new_nodes.names() if "record" in name or "evidence" in name.lower()])
     assert table_texts(panel) == []

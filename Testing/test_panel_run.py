@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from panel_fixtures import MODULE, Play, alive, table_texts, tag
+from panel_fixtures import MODULE, Play, alive, select_step, table_texts, tag
 
 from MedRationaleLib.assessment import Assessment
 
@@ -115,6 +115,45 @@ def test_a_silent_worker_is_ended(
     assert new_nodes.names() == []
 
 
+def test_a_worker_that_lives_and_does_nothing_is_ended(
+    panel: Any, play: Play, run: Callable[[], Any], new_nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from MedRationaleSlicer import worker
+
+    monkeypatch.setattr(worker, "STUCK_S", 1.5)
+    play("waits for nothing")
+    run()
+    assert "did nothing for" in panel.ui.statusLabel.text
+    assert new_nodes.names() == []
+
+
+def test_a_worker_that_computes_without_a_word_is_not_ended(
+    panel: Any, play: Play, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from MedRationaleSlicer import worker
+
+    monkeypatch.setattr(worker, "STUCK_S", 1.5)
+    play("computes")
+    assert run().ui.statusLabel.text.startswith("2 finding(s)")
+
+
+@pytest.mark.parametrize(
+    ("how", "limit", "sentence"),
+    [("is silent", "SILENCE_S", "gave no sign of life"), ("waits for nothing", "STUCK_S", "did nothing for")],
+)
+def test_a_script_does_not_wait_for_a_worker_that_hangs(
+    volumes: dict[str, Any], play: Play, open_panel: Any, new_nodes: Any, monkeypatch: Any, how, limit, sentence
+) -> None:
+    from MedRationaleSlicer import worker
+
+    logic = open_panel(MODULE).logic
+    monkeypatch.setattr(worker, limit, 1.0)
+    play(how)
+    with pytest.raises(RuntimeError, match=sentence):
+        logic.process(**volumes)
+    assert new_nodes.names() == []
+
+
 def test_closing_the_scene_ends_the_run(
     panel: Any, play: Play, wait_until: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -179,6 +218,24 @@ def test_the_console_needs_three_lines_and_no_window(volumes: dict[str, Any], pl
     assert slicer.app.layoutManager() is None
     fractions = [part for _, part in told if part >= 0]
     assert fractions == sorted(fractions) and fractions[-1] > 0.4
+
+
+def test_a_panel_that_is_left_and_entered_again_listens_once(panel: Any, run: Callable[[], Any]) -> None:
+    run()
+    node, tag = panel._parameterNode, panel._guiTag
+    for _ in range(3):
+        panel.exit()
+        panel.enter()
+    assert panel._parameterNode is node and panel._guiTag == tag is not None
+
+
+def test_a_script_run_shows_its_first_finding(volumes: dict[str, Any], panel: Any, run: Callable[[], Any]) -> None:
+    run()
+    panel.ui.findingsTable.selectRow(1)
+    select_step(panel, "t2w_signal")
+    panel.logic.process(**volumes)
+    assert panel.ui.findingLabel.text.startswith("Lesion 1") and panel._parameterNode.step == ""
+    assert panel.results.current.node is panel.logic.results()[-1].node
 
 
 def test_nothing_is_installed_for_a_script_that_did_not_ask(

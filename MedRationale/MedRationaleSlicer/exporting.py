@@ -21,11 +21,16 @@ def export(results: Results, folder: str | Path) -> str:
     from MedRationaleLib.output import write_results
 
     paths = write_results(results.assessment(), folder)
+    of_user = slicer.mrmlScene.GetURL(), slicer.mrmlScene.GetRootDirectory()
     with tempfile.TemporaryDirectory(prefix=".medrationale-", dir=folder) as stage:
         scene = Path(stage) / SCENE_FILE
-        if not slicer.util.saveScene(str(scene)):
-            raise RuntimeError(
-                _("The scene could not be written in {folder}; the other files are there.").format(folder=folder)
-            )
+        try:
+            if not slicer.util.saveScene(str(scene)):
+                raise RuntimeError(
+                    _("The scene could not be written in {folder}; the other files are there.").format(folder=folder)
+                )
+        finally:  # saving makes the file's folder the scene's own, where Slicer would save the next time
+            slicer.mrmlScene.SetURL(of_user[0])
+            slicer.mrmlScene.SetRootDirectory(of_user[1])
         scene.replace(Path(folder) / SCENE_FILE)
     return str(paths.report)

@@ -25,6 +25,8 @@ OTHER_PLANES = re.compile(r"(?<![a-z])(sag|cor)", re.IGNORECASE)
 AXIAL_COSINE = 0.8
 """A volume is axial where the normal of its slices is at least this close to the body's axis."""
 FROM_TAGS, FROM_NAME = "DICOM tags", "name"
+SEQUENCE = "MedRationale.sequence"
+"""Attribute of a volume that was loaded from a folder here: what the folder told that it is."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ def study_item(shown: Any, item: int) -> int:
 
 
 def _guess(node: Any) -> Guess | None:
+    if node.GetAttribute(SEQUENCE):
+        source = FROM_TAGS if node.GetAttribute("MedRationale.seriesUID") else FROM_NAME
+        return Guess(node, node.GetAttribute(SEQUENCE), source, b_value(node))
     frame = _frame(node)
     if frame is not None:
         kind = frame.kind[0]

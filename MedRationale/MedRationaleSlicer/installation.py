@@ -47,11 +47,12 @@ def ensure_installed(ask: bool = True, *, install: bool = True, torch: bool = Tr
     # Before anything is asked and gigabytes are downloaded.
     pytorch = _pytorch_extension() if len(rest) < len(wanted) else None
     pip_ensure = _pip_ensure() if rest else None
+    sizes = [_("torch {size}").format(size=TORCH_GB)] if pytorch is not None else []
+    sizes += [_("the others {size}").format(size=OTHERS_GB)] if rest and sizes else [OTHERS_GB] if rest else []
     text = _(
         "MedRationale runs its model with Python packages that are not installed yet: {packages}.\n\n"
-        "Download: torch {torch}; the others {others}. This needs the network once; images are never sent anywhere. "
-        "Install them now?"
-    ).format(packages=", ".join(wanted), torch=TORCH_GB, others=OTHERS_GB)
+        "Download: {sizes}. This needs the network once; images are never sent anywhere. Install them now?"
+    ).format(packages=", ".join(wanted), sizes="; ".join(sizes))
     if ask and not slicer.util.confirmOkCancelDisplay(text, _("Install Python packages")):
         raise RuntimeError(
             _("The Python packages were not installed, so nothing was run; press Apply to be asked again.")

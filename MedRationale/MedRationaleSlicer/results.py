@@ -90,7 +90,7 @@ class Results:
                 stack[index * len(heat) : (index + 1) * len(heat)] = np.round(heat * FULL)
                 yield
             segmentation = slicer.util.loadSegmentation(str(folder / SEGMENTATION_FILE))
-            segmentation.SetName(f"{title} MedRationale")
+            segmentation.SetName(slicer.mrmlScene.GenerateUniqueName(f"{title} MedRationale"))
             segmentation.SetAttribute(ROLE, "segmentation")
             forget_file(segmentation)
             if t2w is not None:
@@ -101,9 +101,8 @@ class Results:
             record = text_node(f"{title} MedRationale record", "record", made, hidden=True)
             kept = {"assessment": data, "manifest": manifest, "evidence": list(data["evidence"]), "overrides": []}
             record.SetText(json.dumps(kept))
-            node = text_node(f"{title} assessment", "assessment", made)
-            table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTableNode", f"{title} findings")
-            table.SetAttribute(ROLE, "table")
+            node = text_node(f"{title}: {manifest['model']['name']}, {time.strftime('%H:%M:%S')}", "assessment", made)
+            table = new_node("vtkMRMLTableNode", f"{title} findings", role="table")
             made.append(table)
             for name, reference in (("record", record), ("segmentation", segmentation), ("table", table)):
                 node.SetNodeReferenceID(role(name), reference.GetID())
@@ -162,6 +161,14 @@ class Results:
         """The reader's changes in their order: finding, node of the tree, concept."""
         return [(finding, node, concept) for finding, node, concept in self._record["overrides"]]
 
+    def category(self, finding: str, pirads: int) -> str:
+        """A finding's PI-RADS category; with the reader's answers it says so, and what the model's had led to."""
+        if finding not in {changed for changed, _node, _concept in self.overrides}:
+            return str(pirads)
+        rows = self._record["assessment"]["findings"]
+        model = next(row["pirads"] for row in rows if row["id"] == finding)
+        return _("{pirads} (reader; model {model})").format(pirads=pirads, model=model)
+
     def tree(self) -> Any:
         """The DecisionTree that was walked."""
         return _tree(self._record["assessment"]["decision_tree"])
@@ -215,12 +222,13 @@ class Results:
         self.node.SetText(json.dumps(data, indent=2, ensure_ascii=False))
         table = self._reference("table")
         if table is not None:
-            fill(table, data["findings"])
+            fill(table, [row | {"pirads": self.category(row["id"], row["pirads"])} for row in data["findings"]])
         segmentation = self._reference("segmentation")
         for row in data["findings"]:
             segment = segmentation.GetSegmentation().GetSegment(row["id"]) if segmentation else None
             if segment is not None:
-                segment.SetName(f"{row['id'].replace('-', ' ').capitalize()} (PI-RADS {row['pirads']})")
+                category = self.category(row["id"], row["pirads"])
+                segment.SetName(f"{row['id'].replace('-', ' ').capitalize()} (PI-RADS {category})")
 
     # ------------------------------------------------------------ what it shows
 
@@ -283,6 +291,8 @@ class Results:
         stack = self._reference("evidence")
         if None in (stack, self.segmentation, self.input("t2w")) or concept not in self._record["evidence"]:
             return None
+        if self.segmentation.GetSegmentation().GetSegment(finding) is None:
+            return None
         heat = self._heat(concept)
         inside = heat * self._mask(finding)
         k, j, i = np.unravel_index(int(inside.argmax()), heat.shape)
@@ -328,11 +338,19 @@ class Results:
         if self.segmentation is None or self.input("t2w") is None:
             raise RuntimeError(_("Expected T2W and segmentation in the scene, but one was deleted; run it again."))
         data = self.data
+        names = ("gland", "pz", "tz", *(row["id"] for row in data["findings"]))
+        gone = [name for name in names if self.segmentation.GetSegmentation().GetSegment(name) is None]
+        if gone:
+            text = _("Expected the segments of the assessment, but {names} was deleted; run it again.")
+            raise RuntimeError(text.format(names=", ".join(gone)))
         study = self._study()
         reference = study.t2w
         lesions = np.zeros(slicer.util.arrayFromVolume(self.input("t2w")).shape, np.uint8)
+        edited: tuple[str, ...] = ()
         for finding in self.findings:
-            lesions[self._mask(finding.id) > 0] = finding.label
+            mask = self._mask(finding.id)
+            lesions[mask > 0] = finding.label
+            edited += self._edited(finding, mask)
         zones = {name: like(reference, self._mask(name).astype(np.uint8)) for name in ("gland", "pz", "tz")}
         changes = {"reader_overrides": [list(row) for row in self.overrides]} if self.overrides else {}
         manifest = {k: v for k, v in self._record["manifest"].items() if k not in ("generator", "files")}
@@ -347,9 +365,21 @@ class Results:
             volumes_ml=data["volumes_ml"],
             decision_tree=data["decision_tree"],
             not_shown=not_shown_of(data),
-            warnings=tuple(data["warnings"]),
+            warnings=(*data["warnings"], *edited),
             manifest=manifest | changes,
         )
+
+    def _edited(self, finding: Finding, mask: np.ndarray) -> tuple[str, ...]:
+        """A warning where a lesion's outline is not the one that was measured."""
+        voxel_ml = float(np.prod(self.input("t2w").GetSpacing())) / 1000
+        volume_ml = float(np.count_nonzero(mask)) * voxel_ml
+        if abs(volume_ml - finding.volume_ml) <= max(voxel_ml, 0.01 * finding.volume_ml):
+            return ()
+        text = _(
+            "The outline of {name} was edited after the analysis ({before:.3f} ml then, {now:.3f} ml now); its size, "
+            "sector, scores and category are those of the analysis."
+        )
+        return (text.format(name=finding.id.replace("-", " "), before=finding.volume_ml, now=volume_ml),)
 
     def _study(self) -> Any:
         from dataclasses import replace

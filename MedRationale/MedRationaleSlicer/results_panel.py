@@ -49,7 +49,15 @@ class ResultsPanel:
     def current(self) -> Results | None:
         """What is shown."""
         node = self._parameterNode.results if self._parameterNode is not None else None
-        return Results(node) if node is not None and node.GetNodeReference("MedRationale.record") else None
+        if node is None or not node.GetNodeReference("MedRationale.record"):
+            return None
+        try:
+            results = Results(node)
+            findings = results.data["findings"]
+        except (ValueError, KeyError, TypeError):
+            self.ui.statusLabel.text = _("The assessment in the scene cannot be read any more; run it again.")
+            return None
+        return results if isinstance(findings, list) else None
 
     def _show(self) -> None:
         """Everything below Apply, from the results."""
@@ -62,7 +70,9 @@ class ResultsPanel:
         findings = results.findings if results is not None else ()
         chosen = next((finding for finding in findings if finding.id == node.finding), None)
         tree = results.tree() if results is not None else None
-        self.findings.show(findings, node.finding if node is not None else "")
+        self.findings.show(
+            findings, node.finding if node is not None else "", results.category if results is not None else None
+        )
         self.chain.show(chosen, tree, node.step if node is not None else "")
         self.ui.exportButton.enabled = results is not None
         self.ui.show3DCheckBox.enabled = results is not None
@@ -73,7 +83,9 @@ class ResultsPanel:
         notes = dict.fromkeys((*data["study"]["warnings"], *data["warnings"])) if data else {}
         below = [results.not_shown()] if results is not None and results.not_shown() else []
         self.ui.warningsLabel.text = "\n".join([*(f"⚠ {note}" for note in notes), *below])
-        self.ui.findingLabel.text = _heading(chosen) if chosen is not None else ""
+        self.ui.findingLabel.text = (
+            _heading(chosen, results.category(chosen.id, chosen.pirads)) if chosen is not None else ""
+        )
         self.ui.contradictionsLabel.text = (
             "\n".join(f"⚠ {text}" for text in chosen.contradictions) if chosen is not None else ""
         )
@@ -110,7 +122,12 @@ class ResultsPanel:
         box.setCurrentIndex(box.findData(step.concept))
 
     def onResultsSelected(self, node: Any) -> None:
-        """Show an assessment: its T2W, and its first finding."""
+        """The user chose an assessment."""
+        self.ui.statusLabel.text = ""
+        self.open(node)
+
+    def open(self, node: Any) -> None:
+        """Show an assessment: its T2W, and its first finding; None for none."""
         results = Results(node) if node is not None else None
         findings = results.data["findings"] if results is not None else ()
         self._parameterNode.results, self._parameterNode.step = node, ""
@@ -152,6 +169,7 @@ class ResultsPanel:
         """Heatmap, opacity and threshold in the slice views, as the panel says."""
         node, results = self._parameterNode, self.current
         if node is None or results is None or not node.step or installation.missing():
+            self.ui.heatmapCheckBox.text = _("show the evidence of the selected step")
             return
         step = self._step(results)
         heatmap = results.heatmap(step.evidence) if step is not None and node.showHeatmap else None
@@ -162,9 +180,11 @@ class ResultsPanel:
             top = max(hottest.in_lesion if hottest is not None else 0.0, FAINTEST)
             views.scale(heatmap, node.threshold, top)
         if hottest is not None:
-            text = _("up to {inside:.2f} in the lesion (brightest colour), {anywhere:.2f} anywhere").format(
-                inside=hottest.in_lesion, anywhere=hottest.anywhere
-            )
+            text = (
+                _("⚠ hotter elsewhere: {anywhere:.2f}, and {inside:.2f} in the lesion (brightest colour)")
+                if hottest.anywhere > hottest.in_lesion
+                else _("up to {inside:.2f} in the lesion (brightest colour), {anywhere:.2f} anywhere")
+            ).format(inside=hottest.in_lesion, anywhere=hottest.anywhere)
         elif step is not None and step.evidence is None:
             text = _("{text} (this answer has none)").format(text=text)
         self.ui.heatmapCheckBox.text = text
@@ -226,9 +246,9 @@ def _volumes(data: dict[str, Any]) -> str:
     return text if density is None else _("{text}; PSA density {density:.2f} ng/ml²").format(text=text, density=density)
 
 
-def _heading(finding: Any) -> str:
+def _heading(finding: Any, category: str) -> str:
     scores = ("–" if score is None else score for score in (finding.t2w_score, finding.dwi_score))
     return _("{name}: PI-RADS {pirads} (T2W {t2w}, DWI {dwi}, DCE {dce}), {sector}, {size:.1f} mm").format(
-        name=finding.id.replace("-", " ").capitalize(), pirads=finding.pirads, t2w=next(scores), dwi=next(scores),
+        name=finding.id.replace("-", " ").capitalize(), pirads=category, t2w=next(scores), dwi=next(scores),
         dce=finding.dce, sector=finding.sector, size=finding.size_mm,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from typing import Any
 import slicer
 from slicer.i18n import tr as _
 
-from MedRationaleSlicer.inputs import SEQUENCES, TITLES, b_value, series_uid
-from MedRationaleSlicer.nodes import volume_image
+from MedRationaleSlicer.inputs import SEQUENCE, SEQUENCES, TITLES, b_value, series_uid
+from MedRationaleSlicer.nodes import ROLE, volume_image
 from MedRationaleSlicer.results import Results
 from MedRationaleSlicer.steps import Stepper, Steps, exhaust
 from MedRationaleSlicer.worker import JOB_FILE, Launch, Outcome, Worker
@@ -26,6 +26,8 @@ SHOWING = (
     "MedRationaleLib.report", "MedRationaleLib.serialization",
 )  # fmt: skip
 """What showing results imports."""
+DCE = ("not available", "negative", "positive")
+DEVICES = ("auto", "cuda", "mps", "cpu")
 WORKER_SHARE = (0.05, 0.90)
 """Part of the whole time that is over when the worker starts, and when it is done."""
 
@@ -171,6 +173,13 @@ class AssessTask(Task):
             if node.IsA("vtkMRMLLabelMapVolumeNode"):
                 text = _("{sequence}: expected an image, got the label map {name}.")
                 raise RuntimeError(text.format(sequence=TITLES[name], name=node.GetName()))
+            if node.GetAttribute(ROLE):
+                text = _("{sequence}: expected an image of the examination, got the heatmap {name}; choose another.")
+                raise RuntimeError(text.format(sequence=TITLES[name], name=node.GetName()))
+        for what, given, known in (("DCE", request.dce, DCE), (_("device"), request.device, DEVICES)):
+            if given not in known:
+                text = _("{what}: expected {known}, got {given:.60}.")
+                raise RuntimeError(text.format(what=what, known=", ".join(known), given=repr(given)))
         self._request = request
         self._ids = {name: node.GetID() for name, node in request.inputs.items() if node is not None}
 
@@ -248,6 +257,7 @@ class ReadTask(Task):
                 nodes[name] = node
                 node.SetName(found["name"])
                 node.SetAttribute("MedRationale.reason", found["reason"])
+                node.SetAttribute(SEQUENCE, name)
                 for key, attribute in (("series_uid", "MedRationale.seriesUID"), ("b_value", "MedRationale.bValue")):
                     if found[key] is not None:
                         node.SetAttribute(attribute, str(found[key]))
@@ -255,10 +265,26 @@ class ReadTask(Task):
                     node.SetAttribute(PATIENT, json.dumps(message.get("patient", {})))
                 forget_file(node)
                 yield
-            folder = shown.CreateFolderItem(shown.GetSceneItemID(), Path(self._source).name)
+            folder = examination_item(shown, message.get("patient", {}), Path(self._source).name)
             for node in nodes.values():
                 into_folder(node, folder)
         return nodes
+
+
+def examination_item(shown: Any, patient: Mapping[str, Any], name: str) -> int:
+    """A study under its patient, as the DICOM browser would have made them; without their ids a folder."""
+    uid = patient.get("study_uid")
+    if not uid or not patient.get("id"):
+        return int(shown.CreateFolderItem(shown.GetSceneItemID(), name))
+    subject = shown.GetItemByUID("DICOM", patient["id"])
+    if not subject:
+        subject = shown.CreateSubjectItem(shown.GetSceneItemID(), patient["id"])
+        shown.SetItemUID(subject, "DICOM", patient["id"])
+    study = shown.GetItemByUID("DICOM", uid)
+    if not study:
+        study = shown.CreateStudyItem(subject, name)
+        shown.SetItemUID(study, "DICOM", uid)
+    return int(study)
 
 
 def patient_of(t2w: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,16 @@ HOME = Path(MedRationaleLib.__file__).resolve().parents[1]
 JOB_FILE, LOG_FILE = "job.json", "worker.log"
 SILENCE_S = 60.0
 """A worker tells that it is alive every two seconds; one that is silent for this long hangs."""
+STUCK_S = 300.0
+"""One that tells nothing but that, and has its processor stand still for this long, waits for what does not come."""
+IDLE_CPU_S = 0.05
+"""Processor time between two signs of life that is none: the signs themselves cost some."""
 GARBAGE_LINES = 20
 """So many lines that are no messages are kept, to be quoted."""
 CODES_OF_KILLED = (-9, 137)
 KINDS = {
     "started": {"pid": int, "version": str},
-    "alive": {},
+    "alive": {"cpu_s": (int, float)},
     "progress": {"stage": str, "text": str, "fraction": (int, float)},
     "log": {"level": str, "text": str},
     "done": {"folder": str, "warnings": list},
@@ -99,7 +104,9 @@ class Worker:
         self._done: dict[str, Any] | None = None
         self._failed: str | None = None
         self._garbage: list[str] = []
-        self._heard = time.monotonic()
+        self._heard = self._worked = time.monotonic()
+        self._cpu_s = 0.0
+        self._idle: str | None = None
         self._over = False
         self._watch: Any = None
 
@@ -108,7 +115,7 @@ class Worker:
         self._process = self._launch(
             self._command, cwd=str(HOME), blocking=False, logCallback=self._line, completedCallback=self._exit
         )
-        self._heard = time.monotonic()
+        self._heard = self._worked = time.monotonic()
         self._watch = qt.QTimer()
         self._watch.connect("timeout()", self._check)
         self._watch.start(2000)
@@ -116,9 +123,20 @@ class Worker:
     def run(self) -> None:
         """Start it and wait for its end (scripts)."""
         self._process = self._launch(self._command, cwd=str(HOME), blocking=True)
-        for line in self._process.stdout:
-            self._line(line)
-        self._exit(self._process.wait())
+        self._heard = self._worked = time.monotonic()
+        ended = threading.Event()
+        threading.Thread(target=self._end_idle, args=(ended,), daemon=True).start()
+        try:
+            for line in self._process.stdout:
+                self._line(line)
+            code = self._process.wait()
+        finally:
+            ended.set()
+        if self._idle is None:
+            self._exit(code)
+        else:
+            self._finish()
+            self._ended(Outcome(None, self._idle))
 
     def cancel(self) -> None:
         """End the process and whatever it has started; nothing is told any more.
@@ -148,6 +166,9 @@ class Worker:
             return
         self._heard = time.monotonic()
         kind = message["type"]
+        if kind != "alive" or message["cpu_s"] > self._cpu_s + IDLE_CPU_S:
+            self._worked = self._heard
+            self._cpu_s = message.get("cpu_s", self._cpu_s)
         if kind == "started":
             self._pid = message["pid"]
         elif kind == "progress":
@@ -199,17 +220,37 @@ class Worker:
         return (lines or self._garbage or [""])[-1][:200]
 
     def _check(self) -> None:
-        silent = time.monotonic() - self._heard
-        if silent > SILENCE_S:
+        idle = self._idleness()
+        if idle is not None:
             self._finish()
             self._kill()
+            self._ended(Outcome(None, idle))
+
+    def _end_idle(self, ended: threading.Event) -> None:
+        """For run(), which waits for lines: ends a worker that does nothing, which ends the waiting."""
+        while not ended.wait(min(2.0, SILENCE_S / 2)):
+            self._idle = self._idleness()
+            if self._idle is not None:
+                self._kill()
+                return
+
+    def _idleness(self) -> str | None:
+        """The sentence where the worker hangs: nothing heard of it, or neither progress nor processor time spent."""
+        now = time.monotonic()
+        if now - self._heard > SILENCE_S:
             text = _("The analysis gave no sign of life for {seconds:.0f} s and was ended; start it again.")
-            self._ended(Outcome(None, text.format(seconds=silent)))
+            return text.format(seconds=now - self._heard)
+        if now - self._worked > STUCK_S:
+            text = _("The analysis did nothing for {seconds:.0f} s and was ended; start it again.")
+            return text.format(seconds=now - self._worked)
+        return None
 
     def _finish(self) -> None:
         self._over = True
         if self._watch is not None:
             self._watch.stop()
+            self._watch.deleteLater()  # with its connection, which would keep this Worker
+            self._watch = None
 
     def _kill(self) -> None:
         """The worker has its own process group; PythonSlicer may be a launcher that is not in it."""
@@ -217,7 +258,8 @@ class Worker:
             return
         if os.name == "nt":
             command = ["taskkill", "/F", "/T", "/PID", str(self._process.pid)]
-            subprocess.run(command, capture_output=True, check=False)
+            hidden = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # no console window over Slicer's
+            subprocess.run(command, capture_output=True, check=False, creationflags=hidden)
         elif self._pid is not None:
             try:
                 os.killpg(self._pid, signal.SIGKILL)

@@ -90,7 +90,8 @@ class HarnessDemoWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._checkCanApply)
         self._parameterNode = node
         if node:
-            self._guiTag = node.connectGui(self.ui)
+            named = ((widget.property("SlicerParameterName"), widget) for widget in vars(self.ui).values())
+            self._guiTag = node.connectParametersToGui({name: widget for name, widget in named if name})
             self.addObserver(node, vtk.vtkCommand.ModifiedEvent, self._checkCanApply)
             self._checkCanApply()
 

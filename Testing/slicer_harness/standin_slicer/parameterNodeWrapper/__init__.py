@@ -67,12 +67,15 @@ class _Wrapper:
     def setValue(self, name: str, value: Any) -> None:
         self._parameter(name).write(self.parameterNode, value)
 
-    def connectGui(self, gui: Any) -> int:
-        """Binds the widgets that name a parameter: those below a widget, or the attributes of an object."""
+    def connectGui(self, gui: Any) -> None:
+        """Binds the widgets that name a parameter: those below a widget, or the attributes of an object.
+
+        As Slicer's it returns nothing, so that what it binds cannot be disconnected.
+        """
         is_widget = getattr(gui, "isWidgetType", lambda: False)()
         widgets = gui.findChildren(qt.QWidget) if is_widget else list(vars(gui).values())
         named = ((widget.property(SlicerParameterNamePropertyName), widget) for widget in widgets)
-        return self.connectParametersToGui({name: widget for name, widget in named if name})
+        self.connectParametersToGui({name: widget for name, widget in named if name})
 
     def connectParametersToGui(self, mapping: dict[str, Any]) -> int:
         links = []
