@@ -88,8 +88,9 @@ def test_the_chain_says_answers_similarities_and_sources(panel: Any, run: Callab
     panel.ui.findingsTable.selectRow(0)
     texts = chain_texts(panel)
     steps = [s for s in drawn.findings[0].rationale if s.node != "pirads"]
-    assert [row[1] for row in texts] == [s.text for s in steps]
-    assert [row[3] for row in texts[:3]] == ["model", f"measured: {steps[1].measurement}", "model"]
+    assert steps[1].measurement
+    assert [row[1] for row in texts] == [f"{s.text} ({s.measurement})" if s.measurement else s.text for s in steps]
+    assert [row[3] for row in texts[:3]] == ["model", "measured", "model"]
     assert texts[0][0] == "1. Lesion presence" and texts[2][2] == f"{steps[2].similarity:.2f}".replace("-", "−")
     model = panel.ui.rationaleTree.model()
     runner_up = steps[2].runners_up[0]

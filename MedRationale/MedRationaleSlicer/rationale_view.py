@@ -46,8 +46,10 @@ class FindingsTable:
                 text = "–" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
                 if key == "pirads" and category is not None:
                     text = category(finding.id, finding.pirads)
-                self._table.setItem(row, column, qt.QTableWidgetItem(text))
-        self._table.resizeColumnsToContents()
+                item = qt.QTableWidgetItem(text)
+                item.setToolTip(text)
+                self._table.setItem(row, column, item)
+        _fit(self._table.horizontalHeader(), elided=len(COLUMNS) - 1)
         if chosen in self._ids:
             self._table.selectRow(self._ids.index(chosen))
         else:
@@ -83,19 +85,18 @@ class RationaleChain:
                 row[0].appendRow(_items(["", text, _similarity(other.similarity), ""], GREY, step.node))
             if step.node == chosen:
                 self._view.setCurrentIndex(row[0].index())
-        for column in range(4):
-            self._view.resizeColumnToContents(column)
+        _fit(self._view.header(), elided=1)
         self._filling = False
 
     def _row(self, number: int, step: RationaleStep, tree: Any, contradiction: str | None) -> list[Any]:
         given = step.source == "reader" and step.concept != tree.nodes[step.node].default
         color = CHANGED if step.overridden or given else DOUBTFUL if contradiction else TAKEN
         answer = f"⚠ {step.text}" if contradiction else step.text
+        answer = f"{answer} ({step.measurement})" if step.measurement else answer
         source = sources()[step.source] if step.source != "reader" or step.overridden or given else _("not given")
         name = f"{number}. {in_words(step.node)}"
-        source = f"{source}: {step.measurement}" if step.measurement else source
         items = _items([name, answer, _similarity(step.similarity), source], color, step.node)
-        told = [tree.nodes[step.node].question, *([contradiction] if contradiction else [])]
+        told = [tree.nodes[step.node].question, answer, *([contradiction] if contradiction else [])]
         if step.overridden:
             before = tree.bank[step.overridden].text if step.overridden in tree.bank else step.overridden
             told.append(_("The model said: {before}.").format(before=before))
@@ -109,6 +110,14 @@ class RationaleChain:
         node = self._model.data(index, NODE_ROLE) if not self._filling else None
         if node:
             self._selected(str(node))
+
+
+def _fit(header: Any, elided: int) -> None:
+    """All columns within the width of the panel: one gives way, whose text is in the tooltip."""
+    header.setStretchLastSection(False)
+    for column in range(header.count()):
+        mode = qt.QHeaderView.Stretch if column == elided else qt.QHeaderView.ResizeToContents
+        header.setSectionResizeMode(column, mode)
 
 
 def _items(texts: list[str], color: str, node: str) -> list[Any]:
