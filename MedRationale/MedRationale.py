@@ -268,9 +268,9 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for name in inputs.SEQUENCES:
             setattr(self._parameterNode, name, nodes.get(name))
         self._told, self._automatic = self._inputs(), False
-        told = [f"{inputs.TITLES[n]}: {node.GetAttribute('MedRationale.reason')}" for n, node in nodes.items()]
-        self.ui.choiceLabel.text = "\n".join(text.split("; rejected")[0] for text in told)
-        self.ui.choiceLabel.toolTip = "\n".join(told)
+        reasons = {inputs.TITLES[n]: node.GetAttribute("MedRationale.reason") for n, node in nodes.items()}
+        self.ui.choiceLabel.text = "\n".join(f"{n}: {reason.split(': ')[0]}" for n, reason in reasons.items())
+        self.ui.choiceLabel.toolTip = "\n".join(f"{n}: {reason}" for n, reason in reasons.items())
         views.show(nodes["t2w"])  # first: what is shown is what is fitted
         views.align(nodes["t2w"])
 
