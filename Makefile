@@ -13,7 +13,7 @@ DEMO := build/demo
 # Threads that spin while they wait make torch many times slower when anything else uses the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint tables bench-train bench-scene screenshots clean
+.PHONY: install demo test lint tables bench bench-train bench-scene screenshots clean
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ tables: install
 # The loader against the training step, and the step against the same with segment_anything's own attention.
 bench-train: install
 	$(BIN)/medrationale-train speed --config Training/configs/compact.yaml
+
+# SAM's encoder and whole studies against segment_anything and MONAI, and the shipped model; about half an hour.
+bench: install
+	$(BIN)/medrationale-train benchmark --out Resources/Benchmarks
 
 # The panel's times: bringing results into the scene, switching heatmaps, and how long its window is blocked.
 bench-scene: install

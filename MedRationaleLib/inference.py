@@ -254,9 +254,9 @@ class Predictor:
 
     def _forward(self, given: ModelInput) -> Prediction:
         """One crop; of a model that looks at slices one by one, those near the gland only."""
-        return self.network(given, self._near_gland(given))
+        return self.network(given, self.near_gland(given))
 
-    def _near_gland(self, given: ModelInput) -> np.ndarray | None:
+    def near_gland(self, given: ModelInput) -> np.ndarray | None:
         """(S,) bool: slices with gland by the shipped model, which is far faster, and BESIDE on either side.
 
         None, for all of them, where this is turned off, pays nothing, or finds no gland.

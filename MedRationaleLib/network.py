@@ -87,7 +87,8 @@ class Network:
         from MedRationaleLib.model.precision import faster
 
         self.device, self.precision = device, precision
-        self.model = faster(model, precision, compiled=compiled)
+        self._loaded = model
+        self.model = faster(model, device, precision, compiled=compiled)
 
     @property
     def by_slice(self) -> bool:
@@ -153,12 +154,17 @@ class Network:
                     size = (size + 1) // 2
                 else:
                     logger.warning("the model goes on on the CPU, which takes longer")
-                    self.device = "cpu"
-                    self.model.to(self.device)
+                    self._go_on_on_the_cpu()
                     size = 1 if self.by_slice else min(2, len(stacks))
                 continue
             stacks = stacks[size:]
             yield part
+
+    def _go_on_on_the_cpu(self) -> None:
+        from MedRationaleLib.model.precision import faster
+
+        self.device = "cpu"
+        self.model = faster(self._loaded.to(self.device), self.device, self.precision)
 
     @property
     def _unit(self) -> str:

@@ -100,11 +100,38 @@ def test_other_precisions_are_near_and_not_the_same(by_slice, given, precision: 
     assert all(torch.equal(value, before[name]) for name, value in by_slice.state_dict().items())
 
 
+def test_matrices_stored_in_bfloat16_say_what_autocast_says(by_slice, given) -> None:
+    network = Network(by_slice, "cpu", precision="bfloat16")
+    assert network.model.f_img.blocks[0].attn.qkv.weight.dtype is torch.bfloat16
+    assert by_slice.f_img.blocks[0].attn.qkv.weight.dtype is torch.float32
+    stored = network(given)
+    network.model = by_slice
+    by_autocast = network(given)
+    assert np.array_equal(stored.probabilities, by_autocast.probabilities)
+    assert np.array_equal(stored.similarity, by_autocast.similarity)
+
+
+def test_on_the_cpu_the_matrices_are_those_for_the_cpu(by_slice, given, monkeypatch) -> None:
+    network = Network(by_slice, "cpu", precision="auto")
+    network.device, real = "cuda", network._ask
+
+    def ask(stacks):
+        if network.device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(stacks)
+
+    monkeypatch.setattr(network, "_ask", ask)
+    monkeypatch.setattr("MedRationaleLib.model.precision.bf16_in_hardware", lambda device: False)
+    prediction = network(given)
+    assert network.model.f_img.blocks[0].attn.qkv.weight.dtype is torch.float32
+    assert same(prediction, float32(by_slice)(given))
+
+
 def test_a_compiled_encoder_is_asked_in_place_of_the_models(by_slice, given, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     network = float32(by_slice, compiled=True)
-    assert compiled == [by_slice.f_img]
+    assert len(compiled) == 1 and type(compiled[0]) is type(by_slice.f_img)
     assert same(float32(by_slice)(given), network(given))
 
 
@@ -124,12 +151,12 @@ def test_slices_near_the_gland_are_those_that_the_shipped_model_finds_it_in(
     coarse = SimpleNamespace(network=lambda crop: SimpleNamespace(probabilities=found))
     monkeypatch.setattr(inference, "BESIDE", beside)
     predictor = SimpleNamespace(all_slices=False, network=float32(by_slice), _coarse=coarse)
-    near = inference.Predictor._near_gland(predictor, given)
+    near = inference.Predictor.near_gland(predictor, given)
     assert (near is None) if expected is None else near.tolist() == expected
     predictor.all_slices = True
-    assert inference.Predictor._near_gland(predictor, given) is None
+    assert inference.Predictor.near_gland(predictor, given) is None
 
 
 def test_a_model_with_context_across_slices_looks_at_all_of_them(given) -> None:
     predictor = SimpleNamespace(all_slices=False, network=float32(RationaleModel(TINY, ["a"]).eval()), _coarse=None)
-    assert inference.Predictor._near_gland(predictor, given) is None
+    assert inference.Predictor.near_gland(predictor, given) is None

@@ -182,7 +182,7 @@ class ResultsPanel:
         if hottest is not None:
             text = (
                 _("⚠ hotter elsewhere: {anywhere:.2f}, and {inside:.2f} in the lesion (brightest colour)")
-                if hottest.anywhere > hottest.in_lesion
+                if round(hottest.anywhere, 2) > round(hottest.in_lesion, 2)  # as it is told
                 else _("up to {inside:.2f} in the lesion (brightest colour), {anywhere:.2f} anywhere")
             ).format(inside=hottest.in_lesion, anywhere=hottest.anywhere)
         elif step is not None and step.evidence is None:

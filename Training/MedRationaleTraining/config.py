@@ -190,6 +190,28 @@ class FitConfig:
         return cls(**{**data, **parts})
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What is measured."""
+
+    out: str
+    """Folder for cpu.json or gpu.json and its plot."""
+    pixels: int = 1024
+    """Rows and columns of the large model's input."""
+    depth: int = 12
+    """Its layers; with fewer than ViT-B's 12 the figures are those of another network, and say so."""
+    rounds: int = 5
+    """Times that everything is measured, in turn; the figures are medians."""
+    device: str = "cpu"
+    """Of torch."""
+    compiled: bool = True
+    """Measure the compiled encoder, too, which needs a C++ compiler."""
+    study: bool = True
+    """Measure a whole study: some minutes a round on a CPU."""
+    case: str | None = None
+    """Folder of an examination in PI-CAI naming for the study and the shipped model; a phantom where None."""
+
+
 def check(config: FitConfig) -> None:
     """Refuse what cannot be trained, before any data is read."""
     m, s, o, loss, c = config.model, config.sampling, config.optimizer, config.loss, config.constraints

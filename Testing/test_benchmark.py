@@ -1,0 +1,64 @@
+"""The benchmark on the smallest network that it takes: what it writes, and that the networks are the same."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if any(find_spec(name) is None for name in ("lightning", "monai", "jsonargparse")):
+    pytest.skip("the train extra is not installed", allow_module_level=True)
+
+from MedRationaleTraining import benchmark  # noqa: E402
+from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining.config import BenchmarkConfig  # noqa: E402
+
+SMALL = ("--pixels", "256", "--depth", "3", "--rounds", "1", "--compiled", "false")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("benchmarks")
+    assert main(["benchmark", "--out", str(out), *SMALL]) == 0
+    assert (out / "cpu.svg").read_text(encoding="utf-8").count("<rect") == 1 + 3 + 4
+    return json.loads((out / "cpu.json").read_text(encoding="utf-8"))
+
+
+def test_every_encoder_has_its_ratio_error_and_memory(record: dict) -> None:
+    encoder = record["encoder"]
+    assert (encoder["pixels"], encoder["layers"], record["rounds"]) == (256, 3, 1)
+    stock = encoder["segment_anything"]["seconds"]["median"]
+    for name in ("float32", "bf16", "int8"):
+        row = encoder[name]
+        assert row["ratio"] == pytest.approx(stock / row["seconds"]["median"], rel=0.02)
+        assert row["peak_rss_gb"] > 0.1
+    assert encoder["float32"]["relative_error"] < 1e-5 < encoder["bf16"]["relative_error"] < 0.05
+    assert 1e-5 < encoder["int8"]["relative_error"] < 0.2
+
+
+def test_a_study_is_measured_with_and_without_the_slices_that_have_no_gland(record: dict) -> None:
+    study = record["study"]
+    assert 0 < study["slices_near_gland"] < study["slices"] == 24
+    stock = record["encoder"]["segment_anything"]["seconds"]["median"] * 24 * 2
+    assert study["segment_anything_encoder_s"] == pytest.approx(stock)
+    for name in ("ungated", "gated", "unet", "swin_unetr"):
+        assert study[name]["ratio"] == pytest.approx(stock / study[name]["seconds"]["median"], rel=0.02)
+    assert 0 < record["compact"]["model_s"] < record["compact"]["predict_s"]
+
+
+def test_the_encoder_to_compare_with_is_segment_anythings_own_on_the_same_weights() -> None:
+    model = benchmark.large_model(BenchmarkConfig(out="", pixels=256, depth=3))
+    stock = benchmark.stock_encoder(model)
+    assert type(stock).__module__.endswith("modeling.image_encoder") and type(stock).__name__ == "ImageEncoderViT"
+    assert any(parameter.abs().max() > 0 for name, parameter in stock.named_parameters() if "rel_pos" in name)
+    image = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        assert torch.allclose(stock(image), model.f_img(image[None]), atol=1e-5)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["benchmark", "--out", str(tmp_path), "--pixels", "250"]) == 2
+    assert "pixels that are a multiple of 16" in capsys.readouterr().err
