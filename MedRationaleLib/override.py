@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from MedRationaleLib.assessment import Candidate, Finding, RationaleStep, Source
-from MedRationaleLib.decision_tree import Answer, DecisionTree, Node, Walk
+from MedRationaleLib.decision_tree import DCE_CONCEPTS, Answer, DecisionTree, Node, Walk
 from MedRationaleLib.errors import InputError
 
 _SOURCES: dict[str, Source] = {"retrieval": "model", "measurement": "measured", "reader": "reader"}
@@ -95,7 +95,9 @@ def override_finding(tree: DecisionTree, finding: Finding, overrides: Mapping[st
     """
     if not overrides:
         return finding
-    again = override(tree, finding.rationale, overrides)
+    # What the reader saw of enhancement counts wherever the new path asks for it.
+    seen = {"dce": DCE_CONCEPTS[finding.dce]} if finding.dce != "not available" and "dce" in tree.nodes else {}
+    again = override(tree, finding.rationale, {**seen, **overrides})
     decided = tuple(tree.nodes[step.node].question for step in again.rationale if step.source == "reader")
     return replace(
         finding,

@@ -149,6 +149,17 @@ def test_what_the_reader_saw_of_enhancement_stays_where_the_tree_does_not_ask(tr
     assert "dce" not in {step.node for step in changed.rationale} and changed.dce == "positive"
 
 
+def test_what_the_reader_saw_of_enhancement_answers_where_the_new_path_asks(tree):
+    finding = replace(drawn_assessment().findings[0], dce="positive")
+    rationale = tuple(step for step in finding.rationale if step.node != "dce")
+    marked = {"adc_signal": "adc_marked_hypointense", "dwi_signal": "dwi_marked_hyperintense"}
+    unasked = override_finding(tree, replace(finding, rationale=rationale), marked)
+    assert "dce" not in {step.node for step in unasked.rationale} and unasked.dce == "positive"
+    asked = override_finding(tree, unasked, {"adc_signal": "adc_mild_hypointense"})
+    (step,) = (step for step in asked.rationale if step.node == "dce")
+    assert (step.concept, step.source, asked.dwi_score, asked.pirads) == ("dce_positive", "reader", 3, 4)
+
+
 def test_an_override_that_the_path_does_not_ask_for_is_named(tree, rationale):
     result = override(tree, rationale, {"lesion_presence": "lesion_absent", "margin": "obscured"})
     assert result.not_asked == ("margin",)

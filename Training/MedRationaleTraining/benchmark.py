@@ -116,7 +116,9 @@ def _encoder(model: RationaleModel, config: BenchmarkConfig) -> dict[str, Any]:
     exact = results[STOCK].float()
     rows: dict[str, Any] = {"pixels": config.pixels, "layers": config.depth}
     for name, of_rounds in seconds.items():
-        rows[name] = {"seconds": _spread(of_rounds), "peak_rss_gb": _peak_of(name, config)}
+        rows[name] = {"seconds": _spread(of_rounds)}
+        if config.memory:
+            rows[name]["peak_rss_gb"] = _peak_of(name, config)
         if name != STOCK:
             rows[name] |= {
                 "ratio": float(np.median(np.divide(seconds[STOCK], of_rounds))),
@@ -192,9 +194,9 @@ def _study(
         "gated": lambda: predictor.network(given, predictor.near_gland(given)),
     }
     for name in ("unet", "swin_unetr"):
-        calls[name] = partial(_segment, SegmentationBaseline(name).eval().to(config.device), pair, config.device)  # type: ignore[arg-type]
-    for name in ("gated", "unet", "swin_unetr"):
-        calls[name]()
+        network = SegmentationBaseline(name).eval().to(config.device)  # type: ignore[arg-type]
+        _segment(network, pair[:, :1], config.device)  # warmed up
+        calls[name] = partial(_segment, network, pair, config.device)
     seconds = _in_turn(calls, config, "Study")
     stock = slice_s * slices * MIRRORED
     return {
@@ -220,7 +222,7 @@ def _segment(network: nn.Module, stacks: Tensor, device: str) -> Tensor:
 def _compact(case: Path, folder: Path, config: BenchmarkConfig) -> dict[str, Any]:
     """`medrationale predict` with the shipped model, from its start to its end, and the model's part of that."""
     seconds, model_s = [], []
-    for index in range(config.rounds + 1):  # the first reads everything from disk, and does not count
+    for index in range(config.rounds):
         out = folder / f"predicted{index}"
         command = [sys.executable, "-m", "MedRationaleLib.cli", "predict", "--case", str(case), "--out", str(out)]
         begun = time.perf_counter()
@@ -229,10 +231,9 @@ def _compact(case: Path, folder: Path, config: BenchmarkConfig) -> dict[str, Any
         )
         if done.returncode:
             raise InputError(f"Expected an examination that can be assessed in {case}, got: {done.stderr.strip()}")
-        if index:
-            seconds.append(time.perf_counter() - begun)
-            manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-            model_s.append(float(manifest["timings_s"]["model"]))
+        seconds.append(time.perf_counter() - begun)
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        model_s.append(float(manifest["timings_s"]["model"]))
     whole, model = _spread(seconds), _spread(model_s)
     return {
         "predict_s": whole["median"],
@@ -289,7 +290,9 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
                 seconds = row["seconds"]
                 told = f"{seconds['median']:.3g} s ({seconds['min']:.3g} to {seconds['max']:.3g})"
                 if "relative_error" in row:
-                    told += f", error {row['relative_error']:.1e}, peak {row['peak_rss_gb']:.1f} GB"
+                    told += f", error {row['relative_error']:.1e}"
+                if "peak_rss_gb" in row:
+                    told += f", peak {row['peak_rss_gb']:.1f} GB"
                 found.append((f"{title}, {name.replace('_', ' ')}", float(row["ratio"]), told))
     return found
 

@@ -206,6 +206,8 @@ class BenchmarkConfig:
     """Of torch."""
     compiled: bool = True
     """Measure the compiled encoder, too, which needs a C++ compiler."""
+    memory: bool = True
+    """Measure the peak memory of each encoder, too, in a process of its own."""
     study: bool = True
     """Measure a whole study: some minutes a round on a CPU."""
     case: str | None = None
