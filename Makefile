@@ -56,7 +56,7 @@ tables: install
 bench-train: install
 	$(BIN)/medrationale-train speed --config Training/configs/compact.yaml
 
-# SAM's encoder and whole studies against segment_anything and MONAI, and the shipped model; about half an hour.
+# SAM's encoder and whole studies against segment_anything and MONAI, and the shipped model; takes long on a CPU.
 bench: install
 	$(BIN)/medrationale-train benchmark --out Resources/Benchmarks
 

@@ -70,6 +70,7 @@ class Finding:
     t2w_score: int | None
     dwi_score: int | None
     dce: Literal["positive", "negative", "not available"]
+    """What a reader saw of contrast enhancement; the category rests on it only where the rationale asks for it."""
     pirads: int
     rationale: tuple[RationaleStep, ...]
     contradictions: tuple[str, ...] = ()

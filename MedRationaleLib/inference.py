@@ -221,7 +221,7 @@ class Predictor:
             given = prepare(study, self.spec)
         report("model", 0.2)
         with clock.time("model"):
-            prediction = self._forward(given)
+            prediction = self._forward(given, lambda done: report("model", 0.2 + 0.5 * done))
         centre, volume = prediction.gland_centre()
         if _mostly_air(given):
             centre, volume = None, 0.0
@@ -241,7 +241,7 @@ class Predictor:
             with clock.time("prepare"):
                 given = prepare(study, self.spec, centre.tolist())
             with clock.time("model"):
-                prediction = self._forward(given)
+                prediction = self._forward(given, lambda done: report("model", 0.7 + 0.3 * done))
         report("model", 1.0)
         return prediction
 
@@ -252,9 +252,9 @@ class Predictor:
         beyond = np.array(stored.size) * stored.spacing > np.array(grid.size) * grid.spacing + 1e-3
         return bool((offset > RECENTRE_MM)[beyond | np.array([True, True, False])].any())
 
-    def _forward(self, given: ModelInput) -> Prediction:
+    def _forward(self, given: ModelInput, progress: Callable[[float], None] | None = None) -> Prediction:
         """One crop; of a model that looks at slices one by one, those near the gland only."""
-        return self.network(given, self.near_gland(given))
+        return self.network(given, self.near_gland(given), progress)
 
     def near_gland(self, given: ModelInput) -> np.ndarray | None:
         """(S,) bool: slices with gland by the shipped model, which is far faster, and BESIDE on either side.

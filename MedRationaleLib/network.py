@@ -25,7 +25,7 @@ Precision = Literal["auto", "float32", "bfloat16", "int8"]
 encoder's matrices in int8 (dynamic quantisation; CPU, for those without bfloat16)."""
 CLASSES = ("gland", "pz", "tz", "lesion")
 SLICES_AT_ONCE = {"cpu": 1, "cuda": 8, "mps": 4}
-"""Of a model that looks at slices one by one; fewer where the memory does not suffice. More only wait on a CPU."""
+"""Of a model that looks at slices one by one; fewer where the memory of a GPU does not suffice."""
 logger = logging.getLogger(__name__)
 
 

@@ -404,8 +404,6 @@ def test_an_assessment_deleted_by_hand_takes_what_it_hid_with_it(
     shown = slicer.mrmlScene.GetSubjectHierarchyNode()
     hidden = [n for n in slicer.util.getNodesByClass("vtkMRMLNode") if n.GetAttribute("MedRationale.role") == "record"]
     assert all(shown.GetItemByDataNode(node) == 0 for node in hidden), "the Data module does not list it"
-    status = panel.ui.statusLabel.text
-    assert status
     shown.RemoveItem(results.folder_item)
     wait_until(lambda: not [name for name in new_nodes.names() if "record" in name or "evidence" in name.lower()])
     assert table_texts(panel) == []

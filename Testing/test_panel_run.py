@@ -103,27 +103,22 @@ def test_a_worker_that_fails_is_told_in_one_sentence_and_leaves_nothing(
     assert run().ui.statusLabel.text.startswith("2 finding(s)")
 
 
-def test_a_silent_worker_is_ended(
-    panel: Any, play: Play, run: Callable[[], Any], new_nodes: Any, monkeypatch: pytest.MonkeyPatch
+HANGING = pytest.mark.parametrize(
+    ("how", "limit", "sentence"),
+    [("is silent", "SILENCE_S", "gave no sign of life"), ("waits for nothing", "STUCK_S", "did nothing for")],
+)
+
+
+@HANGING
+def test_a_worker_that_hangs_is_ended(
+    panel: Any, play: Play, run: Callable[[], Any], new_nodes: Any, monkeypatch: Any, how, limit, sentence
 ) -> None:
     from MedRationaleSlicer import worker
 
-    monkeypatch.setattr(worker, "SILENCE_S", 1.0)
-    play("is silent")
+    monkeypatch.setattr(worker, limit, 1.0)
+    play(how)
     run()
-    assert "gave no sign of life" in panel.ui.statusLabel.text
-    assert new_nodes.names() == []
-
-
-def test_a_worker_that_lives_and_does_nothing_is_ended(
-    panel: Any, play: Play, run: Callable[[], Any], new_nodes: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from MedRationaleSlicer import worker
-
-    monkeypatch.setattr(worker, "STUCK_S", 1.5)
-    play("waits for nothing")
-    run()
-    assert "did nothing for" in panel.ui.statusLabel.text
+    assert sentence in panel.ui.statusLabel.text
     assert new_nodes.names() == []
 
 
@@ -137,10 +132,7 @@ def test_a_worker_that_computes_without_a_word_is_not_ended(
     assert run().ui.statusLabel.text.startswith("2 finding(s)")
 
 
-@pytest.mark.parametrize(
-    ("how", "limit", "sentence"),
-    [("is silent", "SILENCE_S", "gave no sign of life"), ("waits for nothing", "STUCK_S", "did nothing for")],
-)
+@HANGING
 def test_a_script_does_not_wait_for_a_worker_that_hangs(
     volumes: dict[str, Any], play: Play, open_panel: Any, new_nodes: Any, monkeypatch: Any, how, limit, sentence
 ) -> None:

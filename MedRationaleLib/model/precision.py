@@ -36,11 +36,15 @@ def faster(
 ) -> RationaleModel:
     """The model with its image encoder's matrices stored in what they are multiplied in, and compiled if asked for.
 
-    It shares all else with the model, which stays as it is. In bfloat16 it says bit by bit what autocast alone would,
-    which makes these copies at every call. int8 is dynamic quantisation of torch.
+    In plain float32 that is the model itself; else all but the encoder is shared with the model, which stays as it is.
+    In bfloat16 it says bit by bit what autocast alone would, which makes these copies at every call. int8 is torch's
+    dynamic quantisation.
     """
+    bf16 = uses_bf16(device, precision)
+    if not (bf16 or precision == "int8" or compiled):
+        return model
     encoder = copy.deepcopy(model.f_img)
-    if uses_bf16(device, precision):
+    if bf16:
         for layer in encoder.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(torch.bfloat16)
