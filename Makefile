@@ -58,7 +58,7 @@ bench-train: install
 
 # SAM's encoder and whole studies against segment_anything and MONAI, and the shipped model; takes long on a CPU.
 bench: install
-	$(BIN)/medrationale-train benchmark --out Resources/Benchmarks
+	$(BIN)/medrationale-train benchmark --out Resources/Benchmarks --training Training/configs/paper.yaml
 
 # The panel's times: bringing results into the scene, switching heatmaps, and how long its window is blocked.
 bench-scene: install

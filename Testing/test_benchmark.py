@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,8 +14,8 @@ torch = pytest.importorskip("torch")
 if any(find_spec(name) is None for name in ("lightning", "monai", "jsonargparse")):
     pytest.skip("the train extra is not installed", allow_module_level=True)
 
-from MedRationaleTraining import benchmark  # noqa: E402
-from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining import benchmark, training_cost  # noqa: E402
+from MedRationaleTraining.cli import _fit_config, _fit_parser, main  # noqa: E402
 from MedRationaleTraining.config import BenchmarkConfig  # noqa: E402
 
 SMALL = ("--pixels", "256", "--depth", "3", "--rounds", "1", "--compiled", "false", "--memory", "false")
@@ -39,8 +41,24 @@ def test_every_encoder_has_its_ratio_error_and_memory(record: dict) -> None:
 
 
 def test_an_encoders_memory_is_that_of_a_process_of_its_own() -> None:
-    with_torch_alone = 0.15
-    assert with_torch_alone < benchmark._peak_of("float32", BenchmarkConfig(out="", pixels=256, depth=3)) < 8
+    with_torch_alone, config = 0.15, BenchmarkConfig(out="", pixels=256, depth=3)
+    assert with_torch_alone < training_cost.alone(benchmark._peak, "float32", config) < 8
+
+
+def test_a_process_that_the_memory_gives_out_for_is_no_end_of_the_benchmark() -> None:
+    assert training_cost.alone(os._exit, 137) is None
+
+
+def test_the_papers_training_step_is_measured_by_batch_and_by_what_is_trained() -> None:
+    paper = Path(__file__).resolve().parents[1] / "Training" / "configs" / "paper.yaml"
+    fit = _fit_config(_fit_parser().parse_args(["--config", str(paper)]))
+    small = replace(fit.model.text, width=48, layers=1, heads=2)
+    fit = replace(fit, model=replace(fit.model, text=small))
+    config = BenchmarkConfig(out="", pixels=64, depth=1, rounds=1, batches=[2])
+    rows = training_cost.training_cost(fit, config)
+    assert [(row["tuning"], row["slices"]) for row in rows] == [(name, 2) for name in training_cost.TUNINGS]
+    for row in rows:
+        assert 0 < row["step"]["seconds"] < 60 and 0.2 < row["step"]["peak_gb"] < 8
 
 
 def test_a_study_is_measured_with_and_without_the_slices_that_have_no_gland(record: dict) -> None:

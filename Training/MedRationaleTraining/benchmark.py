@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -36,7 +35,8 @@ from MedRationaleLib.phantom import write_phantom
 from MedRationaleLib.preprocessing import prepare
 from MedRationaleLib.study import Study
 from MedRationaleTraining.baselines import SegmentationBaseline
-from MedRationaleTraining.config import BenchmarkConfig
+from MedRationaleTraining.config import BenchmarkConfig, FitConfig
+from MedRationaleTraining.training_cost import alone, peak_gb, training_cost
 
 STOCK = "segment_anything"
 ENCODERS: dict[str, tuple[str, bool]] = {
@@ -50,12 +50,18 @@ MIRRORED = 2
 """Every slice is looked at with its mirror image."""
 
 
-def measure(config: BenchmarkConfig, command: str = "") -> dict[str, Any]:
-    """Measure, write `out`/cpu.json (gpu.json elsewhere) with its plot, and return what is in it."""
-    if config.rounds < 1 or config.pixels % 16 or config.depth < 1:
+def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = None) -> dict[str, Any]:
+    """Measure, write `out`/cpu.json (gpu.json elsewhere) with its plot, and return what is in it.
+
+    Args:
+        config: what is measured.
+        command: how this was called, for the record.
+        fit: what `config.training` names; None measures no training.
+    """
+    if min(config.rounds, config.depth, *config.batches, 1) < 1 or config.pixels % 16:
         raise InputError(
-            f"Expected at least one round and layer and pixels that are a multiple of 16, got {config.rounds}, "
-            f"{config.depth} and {config.pixels}; correct the options."
+            "Expected rounds, layers and batches of at least 1 and pixels that are a multiple of 16, got "
+            f"{config.rounds}, {config.depth}, {config.batches} and {config.pixels}; correct the options."
         )
     out = Path(config.out)
     check_writable(out)
@@ -70,6 +76,9 @@ def measure(config: BenchmarkConfig, command: str = "") -> dict[str, Any]:
             slice_s = record["encoder"][STOCK]["seconds"]["median"]
             record["study"] = _study(model, Study.from_case(case), slice_s, Path(folder), config)
         record["compact"] = _compact(case, Path(folder), config)
+    if fit is not None:
+        del model
+        record["training"] = {"pixels": config.pixels, "layers": config.depth, "rows": training_cost(fit, config)}
     name = "cpu" if config.device == "cpu" else "gpu"
     write_text(out / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_text(out / f"{name}.svg", plot(record))
@@ -118,7 +127,7 @@ def _encoder(model: RationaleModel, config: BenchmarkConfig) -> dict[str, Any]:
     for name, of_rounds in seconds.items():
         rows[name] = {"seconds": _spread(of_rounds)}
         if config.memory:
-            rows[name]["peak_rss_gb"] = _peak_of(name, config)
+            rows[name]["peak_rss_gb"] = alone(_peak, name, config)
         if name != STOCK:
             rows[name] |= {
                 "ratio": float(np.median(np.divide(seconds[STOCK], of_rounds))),
@@ -158,18 +167,10 @@ def _encode(model: RationaleModel, name: str, config: BenchmarkConfig) -> Callab
     return call
 
 
-def _peak_of(name: str, config: BenchmarkConfig) -> float:
-    """Largest resident memory in GB of a process that takes one slice through this encoder, torch included."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (name, config))
-
-
 def _peak(name: str, config: BenchmarkConfig) -> float:
-    import resource
-
+    """Largest memory in GB of this process, which takes one slice through the encoder of that name."""
     _encode(large_model(config), name, config)()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
+    return peak_gb()
 
 
 # ------------------------------------------------------------------ a study
@@ -291,7 +292,7 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
                 told = f"{seconds['median']:.3g} s ({seconds['min']:.3g} to {seconds['max']:.3g})"
                 if "relative_error" in row:
                     told += f", error {row['relative_error']:.1e}"
-                if "peak_rss_gb" in row:
+                if row.get("peak_rss_gb"):
                     told += f", peak {row['peak_rss_gb']:.1f} GB"
                 found.append((f"{title}, {name.replace('_', ' ')}", float(row["ratio"]), told))
     return found

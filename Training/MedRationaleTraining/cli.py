@@ -360,8 +360,8 @@ def _benchmark_parser() -> ArgumentParser:
     parser = _parser(
         "Time SAM's ViT-B on one slice (segment_anything's own encoder, ours in float32, bfloat16, compiled, int8),\n"
         "a whole study with and without the slices that have no gland, MONAI's U-Net and Swin UNETR on it, and\n"
-        "`predict` with the shipped model. Everything is measured in turn; the figures are medians and go to OUT with\n"
-        "a plot."
+        "`predict` with the shipped model; with --training also a training step by batch. Everything is measured in\n"
+        "turn; the figures are medians and go to OUT with a plot."
     )
     parser.add_class_arguments(BenchmarkConfig)
     return parser
@@ -370,7 +370,9 @@ def _benchmark_parser() -> ArgumentParser:
 def _benchmark(given: Namespace, console: Console) -> None:
     from MedRationaleTraining.benchmark import measure, rows
 
-    record = measure(BenchmarkConfig(**given.as_dict()), "medrationale-train " + " ".join(sys.argv[1:]))
+    config = BenchmarkConfig(**given.as_dict())
+    fit = _fit_config(_fit_parser().parse_args(["--config", config.training])) if config.training else None
+    record = measure(config, "medrationale-train " + " ".join(sys.argv[1:]), fit)
     table = Table(title=f"Times as fast as segment_anything's encoder: {record['machine']['device']}")
     for name in ("", "ratio", "seconds, error, memory"):
         table.add_column(name, justify="right" if name == "ratio" else "left")
@@ -381,6 +383,13 @@ def _benchmark(given: Namespace, console: Console) -> None:
     console.print(
         f"predict with the shipped model: {compact['predict_s']:.1f} s, of which the model {compact['model_s']:.1f} s"
     )
+    if fit is not None:
+        table = Table("trained", "slices", "seconds a step", "peak GB", title=f"A training step of {fit.model.name}")
+        for row in record["training"]["rows"]:
+            step = row["step"]
+            told = ("out of memory", "") if step is None else (f"{step['seconds']:.2f}", f"{step['peak_gb']:.1f}")
+            table.add_row(row["tuning"], str(row["slices"]), *told)
+        console.print(table)
 
 
 _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {

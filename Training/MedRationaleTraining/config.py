@@ -212,6 +212,10 @@ class BenchmarkConfig:
     """Measure a whole study: some minutes a round on a CPU."""
     case: str | None = None
     """Folder of an examination in PI-CAI naming for the study and the shipped model; a phantom where None."""
+    training: str | None = None
+    """YAML file of `fit`, such as Training/configs/paper.yaml, whose training step is measured, too."""
+    batches: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Stacks that go through that step at once."""
 
 
 def check(config: FitConfig) -> None:
