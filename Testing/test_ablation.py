@@ -42,12 +42,13 @@ def record(few_thresholds, config, tiny_set: Path):
 
 
 def test_the_arms_differ_in_the_constraints_alone() -> None:
-    chosen = arms(SETTINGS, ConstraintConfig(localise_share=0.3))
-    assert {k: (c.disentangle, c.localise, c.solver) for k, c in chosen.items()} == {
-        "none": (False, False, "augmented"),
-        "disentangle": (True, False, "augmented"),
-        "both": (True, True, "augmented"),
-        "penalty": (True, True, "penalty"),
+    chosen = arms(SETTINGS, ConstraintConfig(localise_share=0.3, contain_share=0.5))
+    assert {k: (c.disentangle, c.localise, c.contain_share, c.solver) for k, c in chosen.items()} == {
+        "none": (False, False, 0.5, "augmented"),
+        "disentangle": (True, False, 0.5, "augmented"),
+        "paper": (True, True, 1.0, "augmented"),
+        "both": (True, True, 0.5, "augmented"),
+        "penalty": (True, True, 0.5, "penalty"),
     }
     assert {c.localise_share for c in chosen.values()} == {0.3}
 
@@ -76,11 +77,18 @@ def test_what_is_done_is_not_done_again(record, config, tiny_set: Path, monkeypa
 
 def test_violations_are_those_of_the_largest_constraint_and_never_negative(record, config, tiny_set: Path) -> None:
     model = Path(config.out) / "both" / "seed0" / "model"
-    found = violations(model, tiny_set, ConstraintConfig(), cases=1)
+    found = violations(model, tiny_set, arms(SETTINGS, config.constraints)["both"], cases=1)
+    assert any(name.startswith("contain") for name in found)  # that of arms that were not trained with it, too
     assert min(found.values()) >= 0
     assert record["ablation"]["both"]["max_violation"]["per_seed"][0] == pytest.approx(max(found.values()))
     loose = violations(model, tiny_set, ConstraintConfig(localise_share=50.0, disentangle=False), cases=1)
     assert all(loose[name] <= found[name] for name in loose)
+
+
+def test_an_arm_without_a_constraint_is_measured_with_it(record, config, tiny_set: Path) -> None:
+    model = Path(config.out) / "paper" / "seed0" / "model"
+    found = violations(model, tiny_set, arms(SETTINGS, config.constraints)["both"], cases=1)
+    assert record["ablation"]["paper"]["max_violation"]["per_seed"][0] == pytest.approx(max(found.values()))
 
 
 def test_the_table_stands_between_its_marks(record) -> None:
