@@ -288,10 +288,14 @@ def test_an_unknown_device_is_one_sentence():
         Predictor.load("compact", device="abacus")
 
 
+MISSED = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="asked of the model; these weights miss it by 0.001"
+)
 REAL = [  # case, mask, Dice that is asked
     ("prostatex-0000", "gland", 0.80),
-    ("prostatex-0000", "tz", 0.65),
-    ("prostatex-0000", "pz", 0.55),
+    pytest.param("prostatex-0000", "gland", 0.85, marks=MISSED),
+    ("prostatex-0000", "tz", 0.75),
+    ("prostatex-0000", "pz", 0.65),
     ("prostate158-001", "gland", 0.75),
 ]
 
@@ -314,11 +318,17 @@ def test_real_masks_reach_what_is_asked(real_dice, case, mask, asked):
     assert real_dice[case, mask] >= asked
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="asked of the model; these weights miss it")
 def test_the_real_lesion_is_among_the_findings(prostatex_assessed, shared_data):
     lesion = sitk.ReadImage(str(shared_data / "prostatex-0000" / "lesion.nii.gz")) > 0
     hits = [f for f in prostatex_assessed.findings if dice(prostatex_assessed.lesions == f.label, lesion) > 0.1]
     assert hits and hits[0].zone == "PZ"
+    assert len(prostatex_assessed.findings) - len(hits) <= 2
+
+
+def test_the_evidence_for_the_real_lesion_lies_in_it(prostatex_assessed, shared_data):
+    """As `score` measures it, on one case: a guard against breaking what works, not a result."""
+    real_cases = pytest.importorskip("MedRationaleTraining.real_cases")
+    assert real_cases.score(prostatex_assessed, shared_data / "prostatex-0000").lesion_rma >= 0.25
 
 
 def copy_of(predictor):

@@ -26,6 +26,7 @@ from MedRationaleTraining.export import export_run  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
 from training_samples import TINY, tiny_run  # noqa: E402
 
+from MedRationaleLib.concepts import ConceptBank  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import load_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import ModelConfig, medsam_biomedclip  # noqa: E402
@@ -214,6 +215,45 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     Trainer(replace(begun, out=str(tmp_path / "further"), initial=str(folder))).fit()
     card = (export_run(tmp_path / "further", tmp_path / "model2") / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "Together that is 8 steps." in card
+
+
+def test_exported_weights_may_lie_between_those_of_the_run_and_those_it_began_from(
+    run: FitConfig, model: Path, tmp_path: Path
+) -> None:
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=1, final_lr=1.0, ema=0.0)
+    further = replace(run, out=str(tmp_path / "further"), val=None, steps=3, initial=str(model), optimizer=optimizer)
+    Trainer(further).fit()
+    ended, mixed = (
+        export_run(tmp_path / "further", tmp_path / name, initial_share=share)
+        for name, share in (("ended", 0.0), ("mixed", 0.25))
+    )
+    weights = [load_checkpoint(folder, with_text=True).model for folder in (model, ended, mixed)]
+    name = "f_img.patch_embed.proj.weight"
+    began, end, between = (m.state_dict()[name] for m in weights)
+    assert (began - end).abs().max() > 1e-3
+    assert torch.allclose(between, 0.25 * began + 0.75 * end, atol=1e-3 * float(end.abs().max()))
+    expected = weights[2].f_txt.concept_embeddings(ConceptBank.load())  # of the mixed text tower, not a mixture
+    assert torch.allclose(weights[2].concept_embeddings, expected, atol=1e-3)
+    assert load_checkpoint(mixed).training["initial_share"] == 0.25
+    assert "Of these weights 0.25 are those that the run began from" in (mixed / "MODEL_CARD.md").read_text()
+    assert "Of these weights" not in (ended / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize(("share", "words"), [(1.5, "between 0 and 1"), (0.5, "from random weights")])
+def test_a_share_that_cannot_be_is_refused(run: FitConfig, tmp_path: Path, share: float, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        export_run(Path(run.out), tmp_path / "model", initial_share=share)
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_are_not_mixed_with_those_of_another_model(run: FitConfig, model: Path, tmp_path: Path) -> None:
+    further = replace(run, out=str(tmp_path / "further"), val=None, steps=1, initial=str(model))
+    Trainer(further).fit()
+    settings = json.loads((tmp_path / "further" / "run.json").read_text())
+    settings["initial"]["sha256"] = "0" * 64
+    (tmp_path / "further" / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="Expected the model that the run began from"):
+        export_run(tmp_path / "further", tmp_path / "out", initial_share=0.25)
 
 
 # ------------------------------------------------------------------ what cannot work

@@ -225,6 +225,12 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument(
         "--scores", type=Path | None, default=None, help="real_cases.json of these weights, by `score`, for the card."
     )
+    parser.add_argument(
+        "--initial_share",
+        type=float,
+        default=0.0,
+        help="Share of the model that the run began from in the weights, which often makes them more robust (WiSE-FT).",
+    )
     return parser
 
 
@@ -242,6 +248,7 @@ def _export(given: Namespace, console: Console) -> None:
         cases=given.cases,
         evaluation=given.evaluation,
         scores=given.scores,
+        initial_share=given.initial_share,
     )
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     console.print(f"The model is in {folder} ({size:.1f} MB)")

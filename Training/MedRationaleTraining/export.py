@@ -40,6 +40,7 @@ def export_run(
     cases: int | None = None,
     evaluation: Path | None = None,
     scores: Path | None = None,
+    initial_share: float = 0.0,
 ) -> Path:
     """Write the model folder `out` from the run's state and return it.
 
@@ -50,6 +51,11 @@ def export_run(
         calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
         evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
         scores: real_cases.json of these very weights, for the card.
+        initial_share: how much of the weights is that of the model which the run began from, the rest the run's own
+            (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022).
+
+    Raises:
+        InputError: nothing to export, an evaluation or scores of other weights, or an initial model that is not there.
     """
     report = _read_evaluation(evaluation) if evaluation else None
     if report is not None and (out / CONFIG).exists() and load_checkpoint(out).sha256 == report["weights_sha256"]:
@@ -62,6 +68,11 @@ def export_run(
     if about["concepts"] != list(bank):
         raise InputError(f"Expected a run with the concepts of this concept bank in {run}, got others; train anew.")
     model = _averaged(state, FitConfig.from_dict(settings), about["vocabulary"], bank, run)
+    if initial_share:
+        _mix(model, settings.get("initial"), about.get("initial"), initial_share)
+    # What inference loads is float16; the embeddings are those of the text tower as it is stored.
+    model.half().float()
+    store_concept_embeddings(model, bank)
     postprocessing: dict[str, Any] = {}
     training = {
         "steps": int(state["step"]),
@@ -69,6 +80,7 @@ def export_run(
         "sets": about["sets"],
         "history": about.get("history", []),
         "initial": about.get("initial"),
+        "initial_share": initial_share,
         "medrationale": __version__,
         "torch": str(torch.__version__),
     }
@@ -139,6 +151,7 @@ def model_card(
         config=training["settings"],
         sets=training["sets"],
         history=training.get("history", []),
+        initial_share=training.get("initial_share", 0.0),
         earlier=_earlier(training),
         imported=any("imported" in run for run in _earlier(training)),
         real_cases=markdown_table(real) if real else None,
@@ -199,10 +212,25 @@ def _averaged(
             "give the settings that it was trained with."
         ) from error
     merge(model, config.tuning)
-    # What inference loads is float16; the embeddings are those of the text tower as it is stored.
-    model.half().float()
-    store_concept_embeddings(model, bank)
     return model.eval()
+
+
+@torch.no_grad()
+def _mix(model: RationaleModel, folder: str | None, known: dict[str, Any] | None, share: float) -> None:
+    """Move the weights by `share` of the way back to those of the model folder that the run began from."""
+    if not 0 < share < 1:
+        raise InputError(f"Expected a share of the initial model between 0 and 1, got {share:g}; correct the option.")
+    if folder is None or known is None:
+        raise InputError(
+            "Expected a run that began from a model (`initial`), got one from random weights; leave it out."
+        )
+    initial = load_checkpoint(folder, with_text=True)
+    if initial.sha256 != known["sha256"]:
+        raise InputError(f"Expected the model that the run began from in {folder}, got another; restore that folder.")
+    before = initial.model.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(before[name], share)
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -58,10 +58,11 @@ def score_cases(model: str, folders: list[Path]) -> list[CaseScore]:
                 f"Expected gland.nii.gz, zones.nii.gz or lesion.nii.gz in {folder}, found none; add an expert's masks."
             )
     predictor = Predictor.load(model)
-    return [_score(predictor.assess(Study.from_case(f)), f) for f in track(folders, "Assessing")]
+    return [score(predictor.assess(Study.from_case(f)), f) for f in track(folders, "Assessing")]
 
 
-def _score(assessment: Assessment, folder: Path) -> CaseScore:
+def score(assessment: Assessment, folder: Path) -> CaseScore:
+    """An assessment against the expert masks in `folder` (a folder of `score_cases`)."""
     masks = {name: _mask(folder / f"{name}.nii.gz", assessment.gland) for name in MASKS}
     gland, zones, lesion = (masks[name] for name in MASKS)
     found = sitk.GetArrayFromImage(assessment.lesions)
