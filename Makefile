@@ -50,7 +50,7 @@ lint: install
 
 # The README's tables, from the figures that are kept beside the shipped model.
 tables: install
-	$(BIN)/python -m MedRationaleTraining.ablation README.md Resources/Models/compact/metrics.json
+	$(BIN)/python -m MedRationaleTraining.readme_tables .
 
 # The loader against the training step, and the step against the same with segment_anything's own attention.
 bench-train: install

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -34,8 +32,6 @@ from MedRationaleTraining.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 METRICS = "metrics.json"
-MARKS = ("<!-- ablation -->", "<!-- /ablation -->")
-"""In README.md, around the table."""
 ARMS = {
     "none": "without constraints",
     "disentangle": "disentanglement only",
@@ -186,14 +182,6 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str, record: Mapping[str, Any]) -> str:
-    """The README with the table of `record` between its two marks."""
-    found = re.search(f"{MARKS[0]}\n.*?{MARKS[1]}", text, re.DOTALL)
-    if found is None:
-        raise InputError(f"Expected the lines {MARKS[0]} and {MARKS[1]}, found none; put them where the table goes.")
-    return text[: found.start()] + f"{MARKS[0]}\n{table(record)}{MARKS[1]}" + text[found.end() :]
-
-
 def _commit() -> str | None:
     """Of the working copy that this runs from, "+" where it has changes."""
     try:
@@ -204,9 +192,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-if __name__ == "__main__":  # make tables
-    readme, record = (Path(argument) for argument in sys.argv[1:])
-    filled = with_table(readme.read_text(encoding="utf-8"), json.loads(record.read_text(encoding="utf-8")))
-    write_text(readme, filled)

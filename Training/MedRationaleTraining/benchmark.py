@@ -65,6 +65,7 @@ def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = 
         )
     out = Path(config.out)
     check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"format": 1, "command": command, **_machine(config)}
     model = large_model(config)
     record["encoder"] = _encoder(model, config)
@@ -296,6 +297,29 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, float, str]]:
                     told += f", peak {row['peak_rss_gb']:.1f} GB"
                 found.append((f"{title}, {name.replace('_', ' ')}", float(row["ratio"]), told))
     return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown, as in the README: every ratio, the shipped model, and the training step where it was measured."""
+    machine, compact = record["machine"], record["compact"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {record['versions']['torch']}; medians of "
+        f"{record['rounds']} rounds taken in turn (least to most).",
+        "",
+        "| | times as fast as segment_anything's | |",
+        "|---|---|---|",
+        *(f"| {name} | {ratio:.2f} | {told} |" for name, ratio, told in rows(record)),
+        "",
+        f"`predict` with the shipped model: {compact['predict_s']:.1f} s, of which the model takes "
+        f"{compact['model_s']:.1f} s.",
+    ]
+    if "training" in record:
+        lines += ["", "| trained | slices at once | seconds a step | peak memory |", "|---|---|---|---|"]
+        for row in record["training"]["rows"]:
+            step = row["step"]
+            told = "out of memory | " if step is None else f"{step['seconds']:.1f} | {step['peak_gb']:.1f} GB"
+            lines.append(f"| {row['tuning']} | {row['slices']} | {told} |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(record: Mapping[str, Any]) -> str:
