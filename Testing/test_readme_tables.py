@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("monai")
-pytest.importorskip("lightning")
+if any(find_spec(name) is None for name in ("lightning", "monai", "jsonargparse")):
+    pytest.skip("the train extra is not installed", allow_module_level=True)
 
 from MedRationaleTraining.readme_tables import TABLES, filled, with_table  # noqa: E402
 
