@@ -23,7 +23,7 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.evidence import evidence_image, rank, region_similarity
 from MedRationaleLib.findings import LesionMeasurement, measure_gland, measure_lesions
 from MedRationaleLib.network import Network, Precision, Prediction
-from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, zone_signal
+from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, clean_gland, zone_signal
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.study import Study
@@ -41,8 +41,9 @@ FOUND_ML = 10.0
 """Less gland than this in the first crop, and the rest of the field of view is searched."""
 LARGEST_ML = 300.0
 """More gland than this in the result, or less than FOUND_ML, and the Assessment warns of it."""
-BESIDE = 2
-"""Slices (of 3 mm) above and below the gland that are looked at with it."""
+BESIDE = 1
+"""Slices (of 3 mm) above and below the gland that are looked at with it. On 40 synthetic validation examinations the
+shipped model's gland reaches 2.4 slices further than the true one; with one more on either side none is left out."""
 
 
 @dataclass
@@ -257,7 +258,7 @@ class Predictor:
         return self.network(given, self.near_gland(given), progress)
 
     def near_gland(self, given: ModelInput) -> np.ndarray | None:
-        """(S,) bool: slices with gland by the shipped model, which is far faster, and BESIDE on either side.
+        """(S,) bool: slices with gland by the shipped model's masks, made far faster, and BESIDE on either side.
 
         None, for all of them, where this is turned off, pays nothing, or finds no gland.
         """
@@ -265,7 +266,9 @@ class Predictor:
             return None
         if self._coarse is None:
             self._coarse = Predictor.load("compact", device=self.device)
-        gland = (self._coarse.network(given).probabilities[0] > 0.5).any((1, 2))
+        probability = self._coarse.network(given).probabilities[0]
+        spacing = np.array(given.grid.spacing) * given.grid.size / probability.shape[::-1]
+        gland = clean_gland(probability, tuple(spacing[::-1]), self._coarse.postprocessing).any((1, 2))
         near = np.convolve(gland, np.ones(2 * BESIDE + 1), "same") > 0
         return near if near.any() else None
 

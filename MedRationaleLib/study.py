@@ -397,7 +397,8 @@ def looks_swapped(adc: sitk.Image, dwi: sitk.Image) -> bool:
         """Skewness of the values and of their logarithm."""
         both = np.stack([values, np.log(values + 1e-3 * values.max())])
         both -= both.mean(axis=1, keepdims=True)
-        return (both**3).mean(axis=1) / np.maximum((both**2).mean(axis=1), 1e-30) ** 1.5
+        square = both * both
+        return (square * both).mean(axis=1) / np.maximum(square.mean(axis=1), 1e-30) ** 1.5
 
     more = lean(first[body]) - lean(second[body])
     shape = int(np.all(more > 0.3)) - int(np.all(more < -0.3))

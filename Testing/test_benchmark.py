@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,50 @@ def test_an_encoders_memory_is_that_of_a_process_of_its_own() -> None:
     assert with_torch_alone < peak < 4e-9 * held.numel() + with_torch_alone
 
 
+def without_memory(bytes_: int) -> float:
+    return float(torch.empty(bytes_, dtype=torch.uint8).sum())
+
+
+def faulty() -> None:
+    raise RuntimeError("a fault of another kind")
+
+
+def test_memory_that_gives_out_in_a_process_is_told_from_a_fault() -> None:
+    assert training_cost.alone(without_memory, 1 << 60) is None
+    with pytest.raises(RuntimeError, match="another kind"):
+        training_cost.alone(faulty)
+
+
+def test_a_benchmark_that_was_stopped_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the encoder; what was measured with other settings is measured anew."""
+    asked: list[str] = []
+    encoder = {"segment_anything": {"seconds": {"median": 1.0}}}
+
+    def measured(name: str, result: object) -> Callable[..., object]:
+        def make(*_: object) -> object:
+            asked.append(name)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        return make
+
+    config = BenchmarkConfig(out=str(tmp_path), pixels=256, depth=3, rounds=1, study=False)
+    monkeypatch.setattr(benchmark, "large_model", lambda _: None)
+    monkeypatch.setattr(benchmark, "_encoder", measured("encoder", encoder))
+    monkeypatch.setattr(benchmark, "_compact", measured("compact", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.measure(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.part.json"]
+    monkeypatch.setattr(benchmark, "_compact", measured("compact", {"predict_s": 2.0}))
+    record = benchmark.measure(config)
+    assert asked == ["encoder", "compact", "compact"] and record["encoder"] == encoder
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu.svg"}
+    (tmp_path / "cpu.json").rename(tmp_path / "cpu.part.json")
+    benchmark.measure(replace(config, rounds=2))
+    assert asked[3:] == ["encoder", "compact"]
+
+
 def test_a_process_that_the_memory_gives_out_for_is_no_end_of_the_benchmark() -> None:
     assert training_cost.alone(os._exit, 137) is None
 
@@ -84,14 +129,14 @@ def test_the_encoder_to_compare_with_is_segment_anythings_own_on_the_same_weight
 
 
 def test_the_readmes_tables_have_every_ratio_and_say_where_memory_gave_out(record: dict) -> None:
-    trained = {"pixels": 256, "layers": 3, "rows": [
+    trained = [
         {"tuning": "full", "batch": 1, "slices": 1, "step": {"seconds": 2.04, "min": 2, "max": 3, "peak_gb": 4.0}},
         {"tuning": "full", "batch": 4, "slices": 4, "step": None},
-    ]}  # fmt: skip
+    ]
     told = benchmark.table({**record, "training": trained})
     for name, ratio, _ in benchmark.rows(record):
         assert f"| {name} | {ratio:.2f} |" in told
-    assert "| full | 1 | 2.0 | 4.0 GB |" in told and "| full | 4 | out of memory |" in told
+    assert "| full | 1 | 2.0 | 4.0 GB |" in told and "| full | 4 | out of memory, or killed |" in told
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

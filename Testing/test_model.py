@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from MedRationaleLib.concepts import ConceptBank  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
+from MedRationaleLib.model.attention import Block, FoldedAttention  # noqa: E402
 from MedRationaleLib.model.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import compact, medsam_biomedclip  # noqa: E402
-from MedRationaleLib.model.image_encoder import AxialMixer, FoldedAttention  # noqa: E402
+from MedRationaleLib.model.image_encoder import AxialMixer  # noqa: E402
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
 from MedRationaleLib.model.torchvision_guard import sam_modeling  # noqa: E402
@@ -122,13 +124,31 @@ def test_a_trained_axial_mixer_sees_the_neighbouring_slices_of_its_own_stack_onl
     assert moved.tolist() == [True, True, False, False, False, False]
 
 
+@pytest.mark.parametrize("few_tokens", [0, 1024], ids=["fused", "two products"])
 @pytest.mark.parametrize("shape", [(5, 5), (4, 6)])
-def test_folded_attention_gives_segment_anythings_values_and_gradients(shape: tuple[int, int]) -> None:
+def test_folded_attention_gives_segment_anythings_values_and_gradients(
+    shape: tuple[int, int], few_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("MedRationaleLib.model.attention.FEW_TOKENS", few_tokens)
+    stock = sam_modeling().image_encoder.Attention(12, 3, use_rel_pos=True, input_size=(6, 6))
+    assert_same_values_and_gradients(stock, FoldedAttention(12, 3, use_rel_pos=True, input_size=(6, 6)), shape)
+
+
+@pytest.mark.parametrize(("window", "shape"), [(3, (6, 6)), (4, (6, 6)), (3, (4, 5)), (0, (5, 5))])
+def test_a_block_gives_segment_anythings_values_and_gradients(window: int, shape: tuple[int, int]) -> None:
+    """Whole windows, windows that reach beyond the edge, and none."""
+    stock = sam_modeling().image_encoder.Block(
+        12, 3, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=window, input_size=(5, 5)
+    )
+    assert_same_values_and_gradients(stock, Block(12, 3, window, 5), shape)
+
+
+def assert_same_values_and_gradients(stock: torch.nn.Module, ours: torch.nn.Module, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    stock = sam_modeling().image_encoder.Attention(12, 3, use_rel_pos=True, input_size=(6, 6)).double()
-    for table in (stock.rel_pos_h, stock.rel_pos_w):  # zero at initialisation
-        torch.nn.init.normal_(table)
-    ours = FoldedAttention(12, 3, use_rel_pos=True, input_size=(6, 6)).double()
+    stock, ours = stock.double(), ours.double()
+    for name, parameter in stock.named_parameters():  # relative positions are zero at initialisation
+        if "rel_pos" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     ours.load_state_dict(stock.state_dict())
     x = torch.randn(2, *shape, 12, dtype=torch.float64)
     outputs = [layer(x) for layer in (stock, ours)]

@@ -189,7 +189,10 @@ def test_info_tells_sizes_provenance_terms_and_the_first_figures(
 def test_info_of_the_shipped_model_tells_the_runs_before(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "info", "compact"]) == 0
     told = capsys.readouterr().out
-    assert "text tower 1.87 M" in told and told.count("before that") == 7
+    run, runs_before = load_checkpoint("compact").training["initial"], 0
+    while run:
+        run, runs_before = run.get("initial"), runs_before + 1
+    assert "text tower 1.87 M" in told and told.count("before that") == runs_before > 1
 
 
 def test_terms_and_sections_come_from_the_card(folder: Path) -> None:

@@ -15,6 +15,7 @@ from training_samples import TINY  # noqa: E402
 from MedRationaleLib import inference  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
 from MedRationaleLib.network import SLICES_AT_ONCE, Network, Prediction  # noqa: E402
+from MedRationaleLib.postprocessing import PostprocessingConfig  # noqa: E402
 from MedRationaleLib.preprocessing import Grid, ModelInput  # noqa: E402
 
 SLICES = 6
@@ -140,6 +141,7 @@ def test_a_compiled_encoder_is_asked_in_place_of_the_models(by_slice, given, mon
     [
         ([0, 0, 0, 0, 0, 1], 2, [False, False, False, True, True, True]),
         ([0, 1, 0, 0, 0, 0], 1, [True, True, True, False, False, False]),
+        ([1, 0, 0, 0, 1, 1], 1, [False, False, False, True, True, True]),  # what lies apart from the gland is none
         ([0, 0, 0, 0, 0, 0], 2, None),
     ],
 )
@@ -148,7 +150,8 @@ def test_slices_near_the_gland_are_those_that_the_shipped_model_finds_it_in(
 ) -> None:
     found = np.zeros((4, SLICES, 8, 8), np.float32)
     found[0, :, 2, 2] = gland
-    coarse = SimpleNamespace(network=lambda crop: SimpleNamespace(probabilities=found))
+    network = SimpleNamespace(probabilities=found)
+    coarse = SimpleNamespace(network=lambda crop: network, postprocessing=PostprocessingConfig())
     monkeypatch.setattr(inference, "BESIDE", beside)
     predictor = SimpleNamespace(all_slices=False, network=float32(by_slice), _coarse=coarse)
     near = inference.Predictor.near_gland(predictor, given)

@@ -149,13 +149,12 @@ def test_loading_synthesis_and_steps_are_timed_and_leave_the_model_as_it_was(tin
 
 
 def test_the_step_is_also_timed_with_segment_anythings_own_attention() -> None:
-    from MedRationaleLib.model.image_encoder import FoldedAttention
+    from MedRationaleLib.model.attention import FoldedAttention
     from MedRationaleLib.model.rationale_model import RationaleModel
 
     images = torch.randn(1, 2, 3, 256, 256)
     called = []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("MedRationaleLib.model.image_encoder.FEW_TOKENS", 0)
         model = RationaleModel(TINY, ["a"]).eval()
         folded = FoldedAttention.forward
         patch.setattr(FoldedAttention, "forward", lambda *given: called.append(1) or folded(*given))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from MedRationaleLib.model.attention import Block
 from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.torchvision_guard import sam_modeling
 
 _sam = sam_modeling()
-FEW_TOKENS = 256
-"""Up to so many, segment_anything's own attention is as fast as FoldedAttention or faster."""
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
@@ -98,30 +96,6 @@ class AxialMixer(nn.Module):
         return x + self.up(y)
 
 
-class FoldedAttention(_sam.image_encoder.Attention):  # type: ignore[name-defined]
-    """segment_anything's attention with its decomposed relative positions as further features of query and key.
-
-    q k^T / sqrt(d) + r_h + r_w = [q / sqrt(d), r_h, r_w] [k, onehot(row), onehot(column)]^T, so that fused attention
-    does it all, and no map of tokens by tokens is built. Same weights, same state_dict keys.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, D) -> the same shape."""
-        batch, h, w, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        get_rel_pos = _sam.image_encoder.get_rel_pos
-        grid = q.unflatten(2, (h, w))
-        by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(h, h, self.rel_pos_h).to(q.dtype))
-        by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(w, w, self.rel_pos_w).to(q.dtype))
-        q = torch.cat([q * self.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)
-        row = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, 0)
-        column = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
-        k = torch.cat([k, torch.cat([row, column], 1).expand(batch, self.num_heads, -1, -1)], -1)
-        out = nn.functional.scaled_dot_product_attention(q, k, nn.functional.pad(v, (0, h + w)), scale=1.0)
-        out = out[..., : v.shape[-1]].transpose(1, 2).reshape(batch, h, w, -1)
-        return self.proj(out)
-
-
 class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
     """segment_anything's ImageEncoderViT (same state_dict keys), plus `axial.*` where slices are mixed."""
 
@@ -130,21 +104,15 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
             img_size=config.pixels,
             patch_size=config.patch,
             embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.heads,
-            mlp_ratio=4,
+            depth=0,
             out_chans=config.neck_dim,
-            qkv_bias=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=config.window,
-            global_attn_indexes=config.global_attention,
         )
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.blocks:
-            side = block.window_size or config.pixels // config.patch
-            if side**2 > FEW_TOKENS:
-                block.attn = FoldedAttention(config.embed_dim, config.heads, use_rel_pos=True, input_size=(side, side))
+        side = config.pixels // config.patch
+        self.blocks.extend(
+            Block(config.embed_dim, config.heads, 0 if i in config.global_attention else config.window, side)
+            for i in range(config.depth)
+        )
         self.checkpointing = False
         """Compute each block again in the backward pass instead of keeping what it held."""
         every = config.axial_every
@@ -161,7 +129,8 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
     def forward(self, images: Tensor, detail: Sequence[Tensor] = ()) -> Tensor:
         """(B, S, 3, H, W) stacks of neighbouring slices -> (B * S, neck_dim, H / patch, W / patch)."""
         slices = images.shape[1]
-        x = self.patch_embed(images.flatten(0, 1)) + self.pos_embed
+        # The patch embedding's channels come first in memory; every sum and norm after it would pay for that.
+        x = self.patch_embed(images.flatten(0, 1)).contiguous() + self.pos_embed
         if detail:
             x = x + self.detail(detail[3]).permute(0, 2, 3, 1)
         for index, block in enumerate(self.blocks):

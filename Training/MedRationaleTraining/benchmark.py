@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from html import escape
 from importlib import metadata
@@ -48,42 +48,64 @@ ENCODERS: dict[str, tuple[str, bool]] = {
 """Name -> precision and whether it is compiled."""
 MIRRORED = 2
 """Every slice is looked at with its mirror image."""
+PHANTOM = 2
+"""Seed of the study: a gland of 52 ml, where the median of PI-CAI's 1,500 is 51 ml."""
 
 
 def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = None) -> dict[str, Any]:
     """Measure, write `out`/cpu.json (gpu.json elsewhere) with its plot, and return what is in it.
+
+    What is measured is kept at once (cpu.part.json), and the same call after a stop goes on from there.
 
     Args:
         config: what is measured.
         command: how this was called, for the record.
         fit: what `config.training` names; None measures no training.
     """
-    if min(config.rounds, config.depth, *config.batches, 1) < 1 or config.pixels % 16:
+    if min(config.rounds, config.steps, config.depth, *config.batches, 1) < 1 or config.pixels % 16:
         raise InputError(
-            "Expected rounds, layers and batches of at least 1 and pixels that are a multiple of 16, got "
-            f"{config.rounds}, {config.depth}, {config.batches} and {config.pixels}; correct the options."
+            "Expected rounds, steps, layers and batches of at least 1 and pixels that are a multiple of 16, got "
+            f"{config.rounds}, {config.steps}, {config.depth}, {config.batches} and {config.pixels}; correct the "
+            "options."
         )
     out = Path(config.out)
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"format": 1, "command": command, **_machine(config)}
-    model = large_model(config)
-    record["encoder"] = _encoder(model, config)
+    name = "cpu" if config.device == "cpu" else "gpu"
+    part = out / f"{name}.part.json"
+    settings = {k: v for k, v in asdict(config).items() if k != "out"}
+    record = _go_on(part, {"format": 1, "command": command, "settings": settings, **_machine(config)})
+
+    def keep(measured: str, make: Callable[[], Any]) -> None:
+        if measured not in record:
+            record[measured] = make()
+            write_text(part, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         case = Path(config.case) if config.case else Path(folder) / "phantom"
         if config.case is None:
-            write_phantom(case, seed=0)
+            write_phantom(case, seed=PHANTOM)
+        keep("encoder", lambda: _encoder(large_model(config), config))
+        keep("compact", lambda: _compact(case, Path(folder), config))
+        if fit is not None:
+            keep("training", lambda: training_cost(fit, config))
         if config.study:
             slice_s = record["encoder"][STOCK]["seconds"]["median"]
-            record["study"] = _study(model, Study.from_case(case), slice_s, Path(folder), config)
-        record["compact"] = _compact(case, Path(folder), config)
-    if fit is not None:
-        del model
-        record["training"] = {"pixels": config.pixels, "layers": config.depth, "rows": training_cost(fit, config)}
-    name = "cpu" if config.device == "cpu" else "gpu"
-    write_text(out / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+            keep("study", lambda: _study(large_model(config), Study.from_case(case), slice_s, Path(folder), config))
     write_text(out / f"{name}.svg", plot(record))
+    part.replace(out / f"{name}.json")
     return record
+
+
+def _go_on(part: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call that was stopped has measured here with the same settings; else what there is to begin."""
+    if part.exists():
+        earlier: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+        if {name: earlier.get(name) for name in begun if name != "command"} == {
+            name: value for name, value in begun.items() if name != "command"
+        }:
+            return earlier
+    return begun
 
 
 def large_model(config: BenchmarkConfig) -> RationaleModel:
@@ -195,6 +217,11 @@ def _study(
         "ungated": lambda: predictor.network(given),
         "gated": lambda: predictor.network(given, predictor.near_gland(given)),
     }
+    if config.compiled:
+        compiled = Predictor.load(folder / "large", device=config.device, compiled=True)
+        compiled.near_gland(given)  # loads the shipped model
+        compiled.network(given, np.arange(slices) == 0)  # compiles the encoder
+        calls["gated_compiled"] = lambda: compiled.network(given, compiled.near_gland(given))
     for name in ("unet", "swin_unetr"):
         network = SegmentationBaseline(name).eval().to(config.device)  # type: ignore[arg-type]
         _segment(network, pair[:, :1], config.device)  # warmed up
@@ -315,9 +342,11 @@ def table(record: Mapping[str, Any]) -> str:
     ]
     if "training" in record:
         lines += ["", "| trained | slices at once | seconds a step | peak memory |", "|---|---|---|---|"]
-        for row in record["training"]["rows"]:
+        for row in record["training"]:
             step = row["step"]
-            told = "out of memory | " if step is None else f"{step['seconds']:.1f} | {step['peak_gb']:.1f} GB"
+            told = (
+                "out of memory, or killed | " if step is None else f"{step['seconds']:.1f} | {step['peak_gb']:.1f} GB"
+            )
             lines.append(f"| {row['tuning']} | {row['slices']} | {told} |")
     return "\n".join(lines) + "\n"
 

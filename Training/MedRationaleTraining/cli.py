@@ -368,7 +368,7 @@ def _benchmark_parser() -> ArgumentParser:
         "Time SAM's ViT-B on one slice (segment_anything's own encoder, ours in float32, bfloat16, compiled, int8),\n"
         "a whole study with and without the slices that have no gland, MONAI's U-Net and Swin UNETR on it, and\n"
         "`predict` with the shipped model; with --training also a training step by batch. Everything is measured in\n"
-        "turn; the figures are medians and go to OUT with a plot."
+        "turn; the figures are medians and go to OUT with a plot. Stopped, the same command goes on."
     )
     parser.add_class_arguments(BenchmarkConfig)
     return parser
@@ -392,9 +392,13 @@ def _benchmark(given: Namespace, console: Console) -> None:
     )
     if fit is not None:
         table = Table("trained", "slices", "seconds a step", "peak GB", title=f"A training step of {fit.model.name}")
-        for row in record["training"]["rows"]:
+        for row in record["training"]:
             step = row["step"]
-            told = ("out of memory", "") if step is None else (f"{step['seconds']:.2f}", f"{step['peak_gb']:.1f}")
+            told = (
+                ("out of memory, or killed", "")
+                if step is None
+                else (f"{step['seconds']:.2f}", f"{step['peak_gb']:.1f}")
+            )
             table.add_row(row["tuning"], str(row["slices"]), *told)
         console.print(table)
 

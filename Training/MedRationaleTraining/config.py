@@ -216,6 +216,8 @@ class BenchmarkConfig:
     """YAML file of `fit`, such as Training/configs/paper.yaml, whose training step is measured, too."""
     batches: list[int] = field(default_factory=lambda: [1, 2, 4])
     """Stacks that go through that step at once."""
+    steps: int = 3
+    """Training steps that are measured of each; fewer than rounds, for each takes three forward passes or more."""
 
 
 def check(config: FitConfig) -> None:

@@ -91,11 +91,12 @@ def measure(config: FitConfig, *, examples: int = 20, exams: int = 3, rounds: in
 
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
-    """The image encoder's blocks with segment_anything's own attention, on the same weights."""
-    Attention = sam_modeling().image_encoder.Attention  # noqa: N806
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
+    """The image encoder's blocks as segment_anything computes them, on the same weights."""
+    stock = sam_modeling().image_encoder
+    layers = [m for m in model.modules() if isinstance(m, (stock.Attention, stock.Block))]
     for layer in layers:
-        layer.forward = MethodType(Attention.forward, layer)  # type: ignore[method-assign]
+        own = stock.Block if isinstance(layer, stock.Block) else stock.Attention
+        layer.forward = MethodType(own.forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:

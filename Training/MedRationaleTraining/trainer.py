@@ -78,9 +78,11 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
     vocabulary = TextEncoder.vocabulary_of(phrases)
     if config.initial:
         checkpoint = load_checkpoint(config.initial, with_text=True)
-        # The tokenizer is the folder's own, wherever the configuration would look for one.
-        text = replace(config.model.text, folder=checkpoint.model.config.text.folder)
-        if checkpoint.model.config != replace(config.model, text=text) or checkpoint.model.concepts != tuple(bank):
+        # The tokenizer is the folder's own, wherever the configuration would look for one. The form of the heat may
+        # be another one, for no weight depends on it: Eq. 2 alone trains no heat.
+        own = checkpoint.model.config
+        text = replace(config.model.text, folder=own.text.folder)
+        if own != replace(config.model, text=text, heatmap=own.heatmap) or checkpoint.model.concepts != tuple(bank):
             raise InputError(
                 f"Expected a model of the configured sizes and of this concept bank in {config.initial}, got another "
                 f"({checkpoint.model.config.name}); take its config.json's sizes or another folder."
@@ -88,6 +90,7 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
         known = {
             k: checkpoint.training[k] for k in ("steps", "sets", "initial", "imported") if k in checkpoint.training
         }
+        checkpoint.model.config = replace(own, heatmap=config.model.heatmap)
         return checkpoint.model.train(), checkpoint.vocabulary, {"sha256": checkpoint.sha256, **known}
     model = RationaleModel(config.model, list(bank))
     model.attach_text(vocabulary)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from rich.progress import track
 
 from MedRationaleLib.concepts import ConceptBank
+from MedRationaleLib.failures import is_out_of_memory
 from MedRationaleLib.model.config import TextConfig
 from MedRationaleTraining.config import BenchmarkConfig, FitConfig, TuningConfig
 from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
@@ -35,11 +37,15 @@ TUNINGS: dict[str, dict[str, Any]] = {
 
 
 def alone(measure: Callable[..., Any], *given: object) -> Any:
-    """`measure(*given)` in a fresh process, so that its peak memory is its own; None where the memory gives out."""
+    """`measure(*given)` in a fresh process, whose peak memory is its own; None where that gives out or it is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(measure, *given).result()
-        except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+        except BrokenProcessPool:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
 
@@ -58,7 +64,7 @@ def peak_gb(device: str = "cpu") -> float:
 
 
 def training_cost(fit: FitConfig, config: BenchmarkConfig) -> list[dict[str, Any]]:
-    """A row for each way of `TUNINGS` and each batch of `config.batches`; `step` is None where memory gave out."""
+    """A row for each way of `TUNINGS` and each batch of `config.batches`; see `alone` for a `step` of None."""
     asked = [(name, batch) for name in TUNINGS for batch in config.batches]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -69,8 +75,8 @@ def training_cost(fit: FitConfig, config: BenchmarkConfig) -> list[dict[str, Any
         fit = replace(
             fit, out=str(Path(folder) / "run"), train=[str(Path(folder) / "phantoms")], val=None, initial=None,
             model=replace(fit.model, pixels=config.pixels, depth=config.depth, global_attention=layers, text=text),
-            micro_batch=None, workers=0, steps=config.rounds + 1, accelerator=config.device,
-            constraints=replace(fit.constraints, start=0),
+            micro_batch=None, workers=0, steps=config.steps + 2, accelerator=config.device,
+            constraints=replace(fit.constraints, start=0, report_every=config.steps + 2),
         )  # fmt: skip
         for name, batch in track(asked, "Training step", transient=True):
             given = replace(fit, batch=batch, tuning=TuningConfig(**TUNINGS[name]))
@@ -80,10 +86,13 @@ def training_cost(fit: FitConfig, config: BenchmarkConfig) -> list[dict[str, Any
 
 
 def step_cost(fit: FitConfig, device: str) -> dict[str, float]:
-    """Median seconds of a step from random weights, the first one left out, and the peak memory of this process."""
+    """Median seconds of a step from random weights and the peak memory of this process.
+
+    The first step is left out, for it warms up, and the last is not taken, for with it goes the KKT report.
+    """
     trainer = Trainer(fit)
-    seconds = []
-    for parts in trainer.batches():
+    seconds: list[float] = []
+    for parts in islice(trainer.batches(), fit.steps - 1):
         begun = time.perf_counter()
         trainer.train_step(parts)
         if device == "cuda":
