@@ -149,25 +149,35 @@ def _not_shown(
 
 def clean_gland(probability: Array, spacing: tuple[float, ...], config: PostprocessingConfig) -> Mask:
     """(z, y, x) probability -> the largest piece after opening, one piece a slice, without holes."""
-    mask = probability >= config.gland_threshold
-    opened = opening(mask, spacing, config.gland_opening_mm)
-    mask = ndimage.binary_fill_holes(_largest(opened if opened.any() else mask))
-    return _largest(np.stack([ndimage.binary_fill_holes(_largest(plane)) for plane in mask]))
+    whole = probability >= config.gland_threshold
+    if not whole.any():
+        return whole
+    box = bounding_box(whole, spacing, 2 * config.gland_opening_mm)
+    opened = opening(whole[box], spacing, config.gland_opening_mm)
+    mask = ndimage.binary_fill_holes(_largest(opened if opened.any() else whole[box]))
+    cleaned = np.zeros_like(whole)
+    cleaned[box] = _largest(np.stack([ndimage.binary_fill_holes(_largest(plane)) for plane in mask]))
+    return cleaned
 
 
 def split_zones(
     pz: Array, tz: Array, gland: Mask, spacing: tuple[float, ...], config: PostprocessingConfig
 ) -> tuple[Mask, Mask]:
     """(z, y, x) probabilities -> PZ and TZ masks: every gland voxel has the likelier zone, small islands swallowed."""
+    if not gland.any():
+        return gland, gland
+    box = bounding_box(gland, spacing, 0.0)
+    inside, whole = gland[box], np.zeros_like(gland)
     minimum = config.zone_island_ml * 1000 / float(np.prod(spacing))
-    is_tz = gland & (tz > pz)
-    for zone in (is_tz, gland & ~is_tz):
+    is_tz = inside & (tz[box] > pz[box])
+    for zone in (is_tz, inside & ~is_tz):
         labels, _ = ndimage.label(zone)
         sizes = np.bincount(labels.ravel())
         small = (sizes < minimum) & (sizes < sizes[1:].max(initial=0))
         islands = small[labels] & zone
         is_tz = is_tz ^ islands
-    return gland & ~is_tz, is_tz
+    whole[box] = is_tz
+    return gland & ~whole, whole
 
 
 @dataclass(frozen=True, kw_only=True)

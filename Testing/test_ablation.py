@@ -96,6 +96,16 @@ def test_the_table_has_a_row_for_each_arm(record) -> None:
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(ARMS.values())
 
 
+def test_some_arms_alone_are_measured_as_in_the_whole(record, config, tiny_set: Path) -> None:
+    """The runs are those of the whole, and none is repeated."""
+    whole = (Path(config.out) / METRICS).read_text(encoding="utf-8")
+    some = ablate(config, SETTINGS, tiny_set, seeds=[0, 1], only=["penalty", "none"], cases=1, command="this")
+    (Path(config.out) / METRICS).write_text(whole, encoding="utf-8")
+    assert some["ablation"] == {arm: record["ablation"][arm] for arm in ("none", "penalty")}
+    with pytest.raises(InputError, match="got neither"):
+        ablate(config, SETTINGS, tiny_set, only=["neither"])
+
+
 @pytest.mark.parametrize(
     ("given", "expected"), [("disentangled: yes", "Expected settings"), ("[1", "Expected the settings of an arm")]
 )

@@ -9,7 +9,14 @@ import pytest
 import SimpleITK as sitk
 
 from MedRationaleLib.findings import measure_gland, measure_lesions
-from MedRationaleLib.postprocessing import PostprocessingConfig, clean_masks, label_lesions, lesion_candidates
+from MedRationaleLib.postprocessing import (
+    PostprocessingConfig,
+    clean_gland,
+    clean_masks,
+    label_lesions,
+    lesion_candidates,
+    split_zones,
+)
 from MedRationaleLib.preprocessing import Grid
 from MedRationaleLib.sectors import LEVELS, GlandFrame, Sector
 
@@ -93,6 +100,23 @@ def test_a_gland_stored_on_a_grid_turned_in_plane_keeps_its_width_and_height():
     gland = np.square(turned.local @ rotation.T / GLAND).sum(-1) <= 1
     result = measure_gland(turned.store(gland))
     assert (result.width_mm, result.height_mm) == pytest.approx((50, 36), abs=1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gland_and_its_zones_are_cleaned_alike_wherever_they_lie_in_the_field_of_view(seed):
+    """Pieces, holes and islands as they come, and the same with more field of view around."""
+    rng = np.random.default_rng(seed)
+    inner = rng.random((6, 20, 20)).cumsum(1).cumsum(2) % 1.0  # patches of all sizes
+    config, spacing, around = PostprocessingConfig(gland_threshold=0.4), (3.0, 1.0, 1.0), ((0, 0), (4, 9), (7, 3))
+    framed = np.pad(inner, ((0, 0), (1, 1), (1, 1)))  # nothing touches the edge, where a hole would be open
+    gland, wide = (clean_gland(p, spacing, config) for p in (framed, np.pad(framed, around)))
+    assert 0 < gland.sum() < framed.size and np.array_equal(np.pad(gland, around), wide)
+    pz, tz = rng.random((2, *framed.shape))
+    zones = split_zones(pz, tz, gland, spacing, config)
+    for narrow, far in zip(
+        zones, split_zones(np.pad(pz, around), np.pad(tz, around), wide, spacing, config), strict=True
+    ):
+        assert narrow.any() and np.array_equal(np.pad(narrow, around), far)
 
 
 def test_no_gland_is_measured_as_none():

@@ -25,6 +25,7 @@ OF_SLICER = {"numpy", "scipy", "SimpleITK", "pydicom"}
 OF_PYTORCH = {"torch"}
 """What Slicer's PyTorch extension installs."""
 PICTURES = "Screenshots"
+OF_THE_README = (PICTURES, "Benchmarks")
 """Folder of Resources that the extension's page shows, and that is not packaged."""
 MODULES = "lib/Slicer-5.13/qt-scripted-modules"
 
@@ -150,7 +151,7 @@ def test_every_folder_of_data_is_packaged() -> None:
     found = re.search(r"foreach\(_folder IN ITEMS ([\w ]+)\)", text)
     assert found
     assert found[1].split() == sorted(
-        path.name for path in (ROOT / "Resources").iterdir() if path.is_dir() and path.name != PICTURES
+        path.name for path in (ROOT / "Resources").iterdir() if path.is_dir() and path.name not in OF_THE_README
     )
     assert files_in(ROOT / "Resources", lambda path: path.parent == ROOT / "Resources") == []
 
@@ -228,7 +229,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_of_code_and_data_is_installed(installation: Path) -> None:
     library = {f"MedRationaleLib/{name}" for name in files_in(LIBRARY, lambda path: path.suffix == ".py")}
     data = {f"MedRationaleLib/_resources/{n}" for n in files_in(ROOT / "Resources", lambda path: True)}
-    data = {name for name in data if f"/{PICTURES}/" not in name}
+    data = {name for name in data if name.split("/")[2] not in OF_THE_README}
     module = set(files_in(MODULE, lambda path: path.name != "CMakeLists.txt"))
     assert set(files_in(installation, lambda path: True)) == library | data | module
 

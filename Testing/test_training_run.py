@@ -217,6 +217,15 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     assert "Together that is 8 steps." in card
 
 
+def test_a_run_may_begin_from_a_model_with_another_form_of_heat(run: FitConfig, model: Path, tmp_path: Path) -> None:
+    """As the constraints begin from a model that Eq. 2 alone trained, before heat had a form to learn."""
+    sizes = replace(run.model, heatmap="relu")
+    Trainer(replace(run, out=str(tmp_path / "on"), val=None, steps=1, initial=str(model), model=sizes)).fit()
+    begun = load_checkpoint(export_run(tmp_path / "on", tmp_path / "model")).model
+    assert load_checkpoint(model).model.config.heatmap == "sigmoid" and begun.config.heatmap == "relu"
+    assert begun.heat(torch.tensor([-0.5, 0.25])).tolist() == [0.0, 0.25]
+
+
 def test_exported_weights_may_lie_between_those_of_the_run_and_those_it_began_from(
     run: FitConfig, model: Path, tmp_path: Path
 ) -> None:

@@ -91,7 +91,11 @@ def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = 
             keep("training", lambda: training_cost(fit, config))
         if config.study:
             slice_s = record["encoder"][STOCK]["seconds"]["median"]
-            keep("study", lambda: _study(large_model(config), Study.from_case(case), slice_s, Path(folder), config))
+            large = Path(folder) / "large"
+            save_checkpoint(large_model(config), large, card="", vocabulary=[], training={"steps": 0})
+            keep("study", lambda: _study(large, Study.from_case(case), slice_s, config))
+            if config.memory:
+                keep("study_peak_gb", lambda: alone(_study_peak, large, case, config))
     write_text(out / f"{name}.svg", plot(record))
     part.replace(out / f"{name}.json")
     return record
@@ -199,15 +203,12 @@ def _peak(name: str, config: BenchmarkConfig) -> float:
 # ------------------------------------------------------------------ a study
 
 
-def _study(
-    model: RationaleModel, study: Study, slice_s: float, folder: Path, config: BenchmarkConfig
-) -> dict[str, Any]:
+def _study(model: Path, study: Study, slice_s: float, config: BenchmarkConfig) -> dict[str, Any]:
     """A whole examination: crop to masks and similarities, with and without the slices that have no gland.
 
     segment_anything's time is that of its encoder alone, of one slice by the number of slices and mirror images.
     """
-    save_checkpoint(model, folder / "large", card="", vocabulary=[], training={"steps": 0})
-    predictor = Predictor.load(folder / "large", device=config.device)
+    predictor = Predictor.load(model, device=config.device)
     given = prepare(study, predictor.spec)
     slices = len(given.images)
     near = predictor.near_gland(given)
@@ -217,11 +218,6 @@ def _study(
         "ungated": lambda: predictor.network(given),
         "gated": lambda: predictor.network(given, predictor.near_gland(given)),
     }
-    if config.compiled:
-        compiled = Predictor.load(folder / "large", device=config.device, compiled=True)
-        compiled.near_gland(given)  # loads the shipped model
-        compiled.network(given, np.arange(slices) == 0)  # compiles the encoder
-        calls["gated_compiled"] = lambda: compiled.network(given, compiled.near_gland(given))
     for name in ("unet", "swin_unetr"):
         network = SegmentationBaseline(name).eval().to(config.device)  # type: ignore[arg-type]
         _segment(network, pair[:, :1], config.device)  # warmed up
@@ -237,6 +233,13 @@ def _study(
             for name, of_rounds in seconds.items()
         },
     }
+
+
+def _study_peak(model: Path, case: Path, config: BenchmarkConfig) -> float:
+    """Largest memory in GB of this process, which takes a whole examination, all slices, through the large model."""
+    predictor = Predictor.load(model, device=config.device, all_slices=True)
+    predictor.network(prepare(Study.from_case(case), predictor.spec))
+    return peak_gb(config.device)
 
 
 @torch.inference_mode()
@@ -340,6 +343,9 @@ def table(record: Mapping[str, Any]) -> str:
         f"`predict` with the shipped model: {compact['predict_s']:.1f} s, of which the model takes "
         f"{compact['model_s']:.1f} s.",
     ]
+    if record.get("study_peak_gb"):
+        lines[-1] += f" Peak memory of a whole study of {record['study']['slices']} slices through ViT-B: "
+        lines[-1] += f"{record['study_peak_gb']:.1f} GB."
     if "training" in record:
         lines += ["", "| trained | slices at once | seconds a step | peak memory |", "|---|---|---|---|"]
         for row in record["training"]:

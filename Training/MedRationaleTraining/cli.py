@@ -304,9 +304,10 @@ def _score(given: Namespace, console: Console) -> None:
 
 def _ablate_parser() -> ArgumentParser:
     parser = _parser(
-        "Train and measure the model without constraints, with disentanglement only, with both, and with both as\n"
-        "fixed penalties, each with several seeds from the same warmed-up model (--initial). Writes OUT/metrics.json\n"
-        "and prints the table. Goes on where it stopped: a run that is done is not repeated."
+        "Train and measure the model without constraints (none), with disentanglement only (disentangle), with all\n"
+        "constraints (both), with these as fixed penalties (penalty), and without our own (paper), each with several\n"
+        "seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and prints the table. Goes on where\n"
+        "it stopped: a run that is done is not repeated. Calls with other --only or --seeds may run side by side."
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of one run, such as Training/configs/compact.yaml."
@@ -314,6 +315,7 @@ def _ablate_parser() -> ArgumentParser:
     parser.add_argument("--arms", type=Path, default=Path("Training/configs/ablations"), help="Folder of the arms.")
     parser.add_argument("--test", type=Path, required=True, help="Synthetic set that the figures come from.")
     parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of examples and phrasings.")
+    parser.add_argument("--only", type=list[str] | None, default=None, help="Some of the arms, as [none,both].")
     parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many of the test set.")
     parser.add_class_arguments(FitConfig)
     return parser
@@ -322,12 +324,20 @@ def _ablate_parser() -> ArgumentParser:
 def _ablate(given: Namespace, console: Console) -> None:
     from rich.markdown import Markdown
 
-    from MedRationaleTraining.ablation import METRICS, ablate, table
+    from MedRationaleTraining.ablation import ARMS, METRICS, ablate, table
 
-    own = {name: given.pop(name) for name in ("arms", "test", "seeds", "cases")}
+    own = {name: given.pop(name) for name in ("arms", "test", "seeds", "only", "cases")}
     config = _fit_config(given)
     command = "medrationale-train " + " ".join(sys.argv[1:])
-    record = ablate(config, own["arms"], own["test"], seeds=list(own["seeds"]), cases=own["cases"], command=command)
+    record = ablate(
+        config,
+        own["arms"],
+        own["test"],
+        seeds=list(own["seeds"]),
+        only=tuple(ARMS if own["only"] is None else own["only"]),
+        cases=own["cases"],
+        command=command,
+    )
     console.print(Markdown(table(record)))
     console.print(f"{METRICS} is in {config.out}")
 

@@ -214,8 +214,8 @@ class BenchmarkConfig:
     """Folder of an examination in PI-CAI naming for the study and the shipped model; a phantom where None."""
     training: str | None = None
     """YAML file of `fit`, such as Training/configs/paper.yaml, whose training step is measured, too."""
-    batches: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Stacks that go through that step at once."""
+    batches: list[int] = field(default_factory=lambda: [1, 2])
+    """Stacks that go through that step at once; a GPU takes more."""
     steps: int = 3
     """Training steps that are measured of each; fewer than rounds, for each takes three forward passes or more."""
 
