@@ -260,7 +260,7 @@ class Predictor:
     def near_gland(self, given: ModelInput) -> np.ndarray | None:
         """(S,) bool: slices with gland by the shipped model's masks, made far faster, and BESIDE on either side.
 
-        None, for all of them, where this is turned off, pays nothing, or finds no gland.
+        None, for all of them, where this is turned off, pays nothing, or finds less than FOUND_ML of gland.
         """
         if self.all_slices or not self.network.by_slice:
             return None
@@ -268,9 +268,10 @@ class Predictor:
             self._coarse = Predictor.load("compact", device=self.device)
         probability = self._coarse.network(given).probabilities[0]
         spacing = np.array(given.grid.spacing) * given.grid.size / probability.shape[::-1]
-        gland = clean_gland(probability, tuple(spacing[::-1]), self._coarse.postprocessing).any((1, 2))
-        near = np.convolve(gland, np.ones(2 * BESIDE + 1), "same") > 0
-        return near if near.any() else None
+        gland = clean_gland(probability, tuple(spacing[::-1]), self._coarse.postprocessing)
+        if gland.sum() * np.prod(spacing) / 1000 < FOUND_ML:
+            return None
+        return np.asarray(np.convolve(gland.any((1, 2)), np.ones(2 * BESIDE + 1), "same") > 0)
 
     # ------------------------------------------------------------ findings
 

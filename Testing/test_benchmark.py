@@ -63,7 +63,7 @@ def test_memory_that_gives_out_in_a_process_is_told_from_a_fault() -> None:
 
 
 def test_a_benchmark_that_was_stopped_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after the encoder; what was measured with other settings is measured anew."""
+    """Stopped after the encoder; what was measured with other settings or code is measured anew."""
     asked: list[str] = []
     encoder = {"segment_anything": {"seconds": {"median": 1.0}}}
 
@@ -87,9 +87,12 @@ def test_a_benchmark_that_was_stopped_goes_on_with_what_it_has(tmp_path: Path, m
     record = benchmark.measure(config)
     assert asked == ["encoder", "compact", "compact"] and record["encoder"] == encoder
     assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu.svg"}
-    (tmp_path / "cpu.json").rename(tmp_path / "cpu.part.json")
-    benchmark.measure(replace(config, rounds=2))
-    assert asked[3:] == ["encoder", "compact"]
+    for code in (benchmark.commit, lambda: "another"):
+        (tmp_path / "cpu.json").rename(tmp_path / "cpu.part.json")
+        del asked[:]
+        monkeypatch.setattr(benchmark, "commit", code)
+        benchmark.measure(replace(config, rounds=2))
+        assert asked == ["encoder", "compact"]
 
 
 def test_a_process_that_the_memory_gives_out_for_is_no_end_of_the_benchmark() -> None:
@@ -142,3 +145,6 @@ def test_the_readmes_tables_have_every_ratio_and_say_where_memory_gave_out(recor
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["benchmark", "--out", str(tmp_path), "--pixels", "250"]) == 2
     assert "pixels that are a multiple of 16" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["benchmark", "--out", str(tmp_path / "gpu"), "--device", "cuda"]) == 2
+        assert "Expected a CUDA device" in capsys.readouterr().err and not (tmp_path / "gpu").exists()

@@ -149,13 +149,16 @@ def test_slices_near_the_gland_are_those_that_the_shipped_model_finds_it_in(
     by_slice, given, monkeypatch, gland, beside, expected
 ) -> None:
     found = np.zeros((4, SLICES, 8, 8), np.float32)
-    found[0, :, 2, 2] = gland
+    found[0, :, 2:5, 2:5] = np.array(gland)[:, None, None]
     network = SimpleNamespace(probabilities=found)
     coarse = SimpleNamespace(network=lambda crop: network, postprocessing=PostprocessingConfig())
     monkeypatch.setattr(inference, "BESIDE", beside)
     predictor = SimpleNamespace(all_slices=False, network=float32(by_slice), _coarse=coarse)
     near = inference.Predictor.near_gland(predictor, given)
     assert (near is None) if expected is None else near.tolist() == expected
+    monkeypatch.setattr(inference, "FOUND_ML", 100.0)
+    assert inference.Predictor.near_gland(predictor, given) is None, "so little is not taken for the gland"
+    monkeypatch.undo()
     predictor.all_slices = True
     assert inference.Predictor.near_gland(predictor, given) is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -28,6 +27,7 @@ from MedRationaleTraining.data.stacks import whole_exam
 from MedRationaleTraining.data.synthetic import StoredExam, describe_set, stored_exams
 from MedRationaleTraining.evaluation import evaluate
 from MedRationaleTraining.export import export_run
+from MedRationaleTraining.provenance import commit
 from MedRationaleTraining.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ def ablate(
     record = {
         "format": 1,
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
+        "initial_sha256": load_checkpoint(config.initial).sha256 if config.initial else None,
         "seeds": list(seeds),
         "split": {k: describe_set(test)[k] for k in ("name", "split", "seed")} | {"examinations": cases},
         "settings": {k: v for k, v in asdict(config).items() if k in ("steps", "batch", "constraints", "optimizer")},
@@ -185,15 +186,3 @@ def table(record: Mapping[str, Any]) -> str:
     for arm, rows in record["ablation"].items():
         lines.append(f"| {ARMS[arm]} | " + " | ".join(cell(rows[f]) for f in FIGURES) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _commit() -> str | None:
-    """Of the working copy that this runs from, "+" where it has changes."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

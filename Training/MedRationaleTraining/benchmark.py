@@ -36,6 +36,7 @@ from MedRationaleLib.preprocessing import prepare
 from MedRationaleLib.study import Study
 from MedRationaleTraining.baselines import SegmentationBaseline
 from MedRationaleTraining.config import BenchmarkConfig, FitConfig
+from MedRationaleTraining.provenance import commit
 from MedRationaleTraining.training_cost import alone, peak_gb, training_cost
 
 STOCK = "segment_anything"
@@ -68,13 +69,16 @@ def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = 
             f"{config.rounds}, {config.steps}, {config.depth}, {config.batches} and {config.pixels}; correct the "
             "options."
         )
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"Expected a CUDA device for '{config.device}', found none; choose --device cpu.")
     out = Path(config.out)
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     name = "cpu" if config.device == "cpu" else "gpu"
     part = out / f"{name}.part.json"
     settings = {k: v for k, v in asdict(config).items() if k != "out"}
-    record = _go_on(part, {"format": 1, "command": command, "settings": settings, **_machine(config)})
+    about = {"format": 1, "command": command, "commit": commit(), "settings": settings, **_machine(config)}
+    record = _go_on(part, about)
 
     def keep(measured: str, make: Callable[[], Any]) -> None:
         if measured not in record:
@@ -102,7 +106,7 @@ def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = 
 
 
 def _go_on(part: Path, begun: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call that was stopped has measured here with the same settings; else what there is to begin."""
+    """What an earlier call that was stopped has measured here, with the same code and settings; else the beginning."""
     if part.exists():
         earlier: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
         if {name: earlier.get(name) for name in begun if name != "command"} == {
@@ -197,7 +201,7 @@ def _encode(model: RationaleModel, name: str, config: BenchmarkConfig) -> Callab
 def _peak(name: str, config: BenchmarkConfig) -> float:
     """Largest memory in GB of this process, which takes one slice through the encoder of that name."""
     _encode(large_model(config), name, config)()
-    return peak_gb()
+    return peak_gb(config.device)
 
 
 # ------------------------------------------------------------------ a study
