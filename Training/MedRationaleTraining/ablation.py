@@ -125,19 +125,24 @@ def ablate(
 
 def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, float | None]:
     run = Path(config.out)
-    done = run / "test" / "evaluation.json"
+    done, kept = run / "test" / "evaluation.json", run / "test" / "figures.json"
+    if kept.exists():
+        figures: dict[str, float | None] = json.loads(kept.read_text(encoding="utf-8"))
+        return figures
     if not done.exists():
         Trainer(config).fit()
         model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
         evaluate(model, test, run / "test", cases=cases)
     report = json.loads(done.read_text(encoding="utf-8"))
-    return {
+    figures = {
         "rma": report["evidence"]["rma_lesion"]["value"],
         "lesion_dice": report["metrics"]["dice_lesion"]["value"],
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices"]["value"],
         "max_violation": max(violations(run / "model", test, ours, cases).values(), default=None),
     }
+    write_text(kept, json.dumps(figures, allow_nan=False) + "\n")
+    return figures
 
 
 @torch.no_grad()
