@@ -114,8 +114,8 @@ def test_the_papers_training_step_is_measured_by_batch_and_by_what_is_trained() 
 def test_a_study_is_measured_with_and_without_the_slices_that_have_no_gland(record: dict) -> None:
     study = record["study"]
     assert 0 < study["slices_near_gland"] < study["slices"] == 24
-    stock = record["encoder"]["segment_anything"]["seconds"]["median"] * 24 * 2
-    assert study["segment_anything_encoder_s"] == pytest.approx(stock)
+    stock = study["segment_anything_encoder_s"]["median"]  # of the study's one round
+    assert 0.2 < stock / (record["encoder"]["segment_anything"]["seconds"]["median"] * 24 * 2) < 5
     for name in ("ungated", "gated", "unet", "swin_unetr"):
         assert study[name]["ratio"] == pytest.approx(stock / study[name]["seconds"]["median"], rel=0.02)
     assert 0 < record["compact"]["model_s"] < record["compact"]["predict_s"]

@@ -120,16 +120,6 @@ def name_of(value):
     return getattr(value, "__name__", None)
 
 
-VOXELS = 2
-"""By which a lesion may differ where that is more than 2 % of it: how bfloat16 rounds differs between processors."""
-
-
-def assert_same_lesions(first, second):
-    b = sitk.Resample(second.lesions, first.lesions, sitk.Transform(), sitk.sitkNearestNeighbor)
-    a, b = (sitk.GetArrayFromImage(i) > 0 for i in (first.lesions, b))
-    assert (a != b).sum() <= VOXELS or 2 * (a & b).sum() / (a.sum() + b.sum()) >= 0.98
-
-
 def assert_same(first, second):
     for name in ("gland", "pz", "tz"):
         assert dice(getattr(first, name), getattr(second, name)) >= 0.98, name
@@ -139,7 +129,7 @@ def assert_same(first, second):
             b.zone, b.sector, b.t2w_score, b.dwi_score, b.pirads)  # fmt: skip
         assert math.dist(a.center_mm, b.center_mm) < 2.0
     if first.findings:
-        assert_same_lesions(first, second)
+        assert dice(first.lesions, second.lesions) >= 0.98
 
 
 @pytest.mark.parametrize("store", STORAGE, ids=name_of)
@@ -180,8 +170,14 @@ def test_masks_of_a_t2w_as_fine_as_the_crop_depend_on_no_lattice(eager, prostate
         assert dice(getattr(first, name), getattr(second, name)) == 1.0, name
 
 
-def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex_assessed, shared_data):
-    assert_same(prostatex_assessed, predictor.assess(Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
+def test_the_dicom_folder_gives_the_same_as_the_files(predictor, prostatex, shared_data):
+    """Where the network computes in float32. In bfloat16 the last digit of a header's direction may move one of the
+    lesion's 67 voxels, and on which processor it does differs."""
+    exact = Predictor(predictor.checkpoint, predictor.device, predictor.postprocessing, precision="float32")
+    first, second = (exact.assess(s) for s in (prostatex, Study.from_dicom(shared_data / "prostatex-0000" / "dicom")))
+    assert_same(first, second)
+    for name in ("gland", "pz", "tz", "lesions"):
+        assert dice(getattr(first, name), getattr(second, name)) >= 0.999, name
 
 
 def test_the_dicom_folder_has_the_same_candidates_as_the_files(eager, prostatex_candidates, shared_data):
@@ -309,9 +305,7 @@ def test_an_unknown_device_is_one_sentence():
 
 
 MISSED = pytest.mark.xfail(
-    strict=False,
-    raises=AssertionError,
-    reason="asked of the model; these weights miss it by 0.001, by about as much as processors' bfloat16 differs",
+    strict=True, raises=AssertionError, reason="asked of the model; these weights miss it by 0.001"
 )
 REAL = [  # case, mask, Dice that is asked
     ("prostatex-0000", "gland", 0.80),

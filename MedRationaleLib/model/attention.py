@@ -10,7 +10,7 @@ from MedRationaleLib.model.torchvision_guard import sam_modeling
 _sam = sam_modeling().image_encoder
 FEW_TOKENS = 1024
 """Up to so many a window, two plain products are faster on a CPU than torch's fused attention, which needs values as
-wide as keys (256 tokens with the backward pass: 1.4 times; 4,096: 0.8 times). Compiled it is the other way round."""
+wide as keys (256 tokens with the backward pass: 1.4 times; 4,096: 0.8 times)."""
 
 
 class FoldedAttention(_sam.Attention):  # type: ignore[name-defined]
@@ -52,7 +52,7 @@ class FoldedAttention(_sam.Attention):  # type: ignore[name-defined]
         row = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, 0)
         column = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
         k = torch.cat([k, torch.cat([row, column], 1).expand(*k.shape[:2], -1, -1)], -1)
-        if h * w <= FEW_TOKENS and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if h * w <= FEW_TOKENS and q.device.type == "cpu":
             return (q @ k.transpose(-2, -1)).softmax(-1) @ v
         out = nn.functional.scaled_dot_product_attention(q, k, nn.functional.pad(v, (0, h + w)), scale=1.0)
         return out[..., : v.shape[-1]]
