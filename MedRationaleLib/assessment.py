@@ -91,7 +91,7 @@ class UnshownCandidate:
 
 @dataclass(frozen=True, kw_only=True)
 class SliceRationale:
-    """What the model says of one slice as a whole (the paper's unit of evaluation)."""
+    """What the model says of one slice by itself, where it looks most like a lesion (evidence.asked_of_slices)."""
 
     slice_index: int
     """Index on the T2W grid's slowest axis in its canonical (LPS) orientation, from inferior to superior."""

@@ -276,6 +276,11 @@ class DecisionTree:
 
     # ---------------------------------------------------------------- looking at the tree as a whole
 
+    @property
+    def present(self) -> str:
+        """The other answer to the first question: that there is a lesion."""
+        return next(c for c in self.nodes[self.start].candidates() if c != self.absent)
+
     def trace(self, answers: Mapping[str, str]) -> tuple[TraceStep, ...]:
         """The path that these answers take, each step with the branches taken and not taken."""
         facts: dict[str, str] = {}

@@ -20,7 +20,7 @@ from MedRationaleLib.assessment import Assessment, Candidate, Finding, SliceRati
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.evidence import evidence_image, rank, region_similarity
+from MedRationaleLib.evidence import asked_of_slices, evidence_image, rank, region_similarity
 from MedRationaleLib.findings import LesionMeasurement, measure_gland, measure_lesions
 from MedRationaleLib.network import Network, Precision, Prediction
 from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, clean_gland, zone_signal
@@ -333,7 +333,14 @@ class Predictor:
         return evidence
 
     def _slices(self, study: Study, prediction: Prediction, tree: DecisionTree) -> tuple[SliceRationale, ...]:
-        """The tree's retrieval questions asked of every slice as a whole, as far as they lead without a measurement."""
+        """The tree's retrieval questions asked of every slice, as far as they lead without a measurement."""
+        asked = asked_of_slices(
+            prediction.similarity,
+            prediction.probabilities[0],
+            present=self.model.concepts.index(tree.present),
+            absent=self.model.concepts.index(tree.absent),
+            patch_mm=self.model.patch_mm,
+        )
         stored = Grid.of(study.t2w)
         middle = (np.array(stored.size) - 1) / 2
         result = []
@@ -342,15 +349,20 @@ class Predictor:
             nearest = round(float(prediction.grid.point_to_index(point)[2]))
             if not 0 <= nearest < prediction.grid.size[2] or not prediction.seen[nearest]:
                 continue
-            values = prediction.slice_similarity[nearest]
-            similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
+            similarity = dict(zip(self.model.concepts, (float(v) for v in asked[nearest]), strict=True))
+            there = similarity[tree.present] - similarity[tree.absent] > self.postprocessing.presence_margin
             answers: dict[str, Candidate] = {}
 
             def answer(
-                node: Node, candidates: tuple[str, ...], so_far: Mapping[str, str], said=answers, near=similarity
+                node: Node,
+                candidates: tuple[str, ...],
+                so_far: Mapping[str, str],
+                said=answers,
+                near=similarity,
+                first=tree.present if there else tree.absent,
             ):
                 if node.answered_by == "retrieval" or node.id == "zone":
-                    best = rank(candidates, near)[0]
+                    best = first if node.id == tree.start else rank(candidates, near)[0]
                     said[node.id] = Candidate(concept=best, similarity=round(near[best], 4))
                     return best
                 return node.default or candidates[0]
@@ -401,15 +413,15 @@ def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, 
 def _with_slices(
     finding: Finding, masks: Masks, study: Study, slices: Sequence[SliceRationale], tree: DecisionTree
 ) -> Finding:
-    """The finding with a sentence where slices as a whole deny the lesion that its mask has there (Appendix E)."""
+    """The finding with a sentence where slices by themselves deny the lesion that its mask has there (Appendix E)."""
     lesion = sitk.GetArrayFromImage(sitk.DICOMOrient(masks.lesions == finding.label, "LPS")) > 0
     here = [s for s in slices if lesion[s.slice_index].any() and tree.start in s.answers]
     denied = sum(s.answers[tree.start].concept == tree.absent for s in here)
     if not denied:
         return finding
     sentence = (
-        f"{tree.nodes[tree.start].question} The mask has the lesion on {len(here)} slices; asked of each slice as a "
-        f'whole, the model says "{tree.bank[tree.absent].text}" on {denied} of them.'
+        f"{tree.nodes[tree.start].question} The mask has the lesion on {len(here)} slices; asked of each slice by "
+        f'itself, the model says "{tree.bank[tree.absent].text}" on {denied} of them.'
     )
     return replace(finding, contradictions=(*finding.contradictions, sentence))
 

@@ -63,6 +63,9 @@ class PostprocessingConfig:
     """Candidates are cut off at this distance from the gland, so that none runs on into its neighbours."""
     lesion_maximum: int = 4
     """At most so many, the likeliest first (PI-RADS v2.1: up to four findings)."""
+    presence_margin: float = 0.0
+    """A slice has a lesion by retrieval where its presence is nearer than its absence by more than this; see
+    evidence.asked_of_slices."""
     epe_extent_mm: float = 5.0
     """Extension is called where a lesion reaches at least this far beyond the gland's contour; see Extension."""
     epe_volume_ml: float = 0.2

@@ -259,7 +259,7 @@ def _words(concept: str, bank: ConceptBank) -> str:
 
 
 def _viewer_data(assessment: Assessment, bank: ConceptBank, pictures: ReportPictures) -> str:
-    """JSON for the slice viewer's script: of each slice its position and what the model says of it as a whole."""
+    """JSON for the slice viewer's script: of each slice its position and what the model says of it by itself."""
     said = {
         item.slice_index: [_words(answer.concept, bank) for answer in item.answers.values()]
         for item in assessment.slices

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from MedRationaleTraining.calibration import SPACING, calibrate_masks
+from MedRationaleTraining.calibration import SPACING, calibrate_masks, margin_of
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.postprocessing import PostprocessingConfig, lesion_candidates
@@ -46,6 +46,7 @@ def test_likelihood_learns_what_tells_lesions_from_their_mimics() -> None:
             wrong += shown != (candidate.mask & truth[3]).any()
     assert right == 24 and wrong == 0
     assert max(chosen.lesion_f2.values()) == 1
+    assert chosen.lesion_slices == 24  # of every examination the two that its lesion is on
 
 
 def test_what_scored_each_choice_saw_no_candidate_of_the_examination_that_it_judged() -> None:
@@ -71,3 +72,9 @@ def test_with_too_few_lesions_likelihood_is_the_mean_mask_probability() -> None:
 def test_a_set_without_a_lesion_is_refused() -> None:
     with pytest.raises(InputError, match="Expected glands and lesions in set"):
         calibrate_masks(examinations(3, hits=False), "set")
+
+
+def test_the_margin_is_exceeded_on_as_many_slices_as_the_masks_have_a_lesion_on() -> None:
+    nearer = np.random.default_rng(0).normal(size=200)
+    for count in (0, 1, 50, 199, 200):
+        assert (nearer > margin_of(nearer, count)).sum() == count

@@ -291,7 +291,7 @@ def test_the_discriminant_finds_the_nearer_class_and_prefers_the_commoner_one() 
 def unit(truth: int, logit: float, retrieval: int | None = 0, mask: int | None = 0) -> Unit:
     return Unit(
         asked=[("shape", [0, 1], truth)],
-        said={"retrieval": {"shape": retrieval}, "mask": {"shape": mask}},
+        said={"retrieval": {"shape": retrieval}, "whole": {"shape": retrieval}, "mask": {"shape": mask}},
         logits=np.array([logit, 0.0]),
     )
 
@@ -307,7 +307,7 @@ def test_the_logits_answer_an_examination_by_what_is_true_of_others() -> None:
 def test_accuracy_counts_answers_and_whole_rationales_and_a_missing_answer_is_wrong() -> None:
     two = Unit(
         asked=[("shape", [0, 1], 1), ("margin", [2, 3], 2)],
-        said={"retrieval": {"shape": 1, "margin": 2}, "mask": {"shape": 1, "margin": None}},
+        said={m: {"shape": 1, "margin": None if m == "mask" else 2} for m in ("retrieval", "whole", "mask")},
         logits=np.zeros(2),
     )
     results = [
@@ -317,6 +317,7 @@ def test_accuracy_counts_answers_and_whole_rationales_and_a_missing_answer_is_wr
             contradicted=[True, False, False],
             slices=10,
             disagreements={"mask_only": 1, "rationale_only": 2, "zone": 0},
+            of_whole=6,
         ),
         RationaleResult(
             units={"slices": [unit(0, 0.0)], "examinations": [unit(0, 0.0)]},
@@ -324,6 +325,7 @@ def test_accuracy_counts_answers_and_whole_rationales_and_a_missing_answer_is_wr
             contradicted=[],
             slices=10,
             disagreements={"mask_only": 0, "rationale_only": 0, "zone": 1},
+            of_whole=0,
         ),
     ]
     report = summarise_rationale(results)
@@ -341,7 +343,7 @@ def test_accuracy_counts_answers_and_whole_rationales_and_a_missing_answer_is_wr
     assert findings["confusion"] == {"5": {"2": 1, "4": 1}}
     assert rates["slices"]["value"] == pytest.approx(4 / 20) and rates["slices_mask_only"]["value"] == 0.05
     assert rates["slices_rationale_only"]["value"] == 0.1 and rates["slices_zone"]["value"] == 0.05
-    assert rates["findings"]["value"] == pytest.approx(1 / 3)
+    assert rates["findings"]["value"] == pytest.approx(1 / 3) and rates["slices_whole"]["value"] == 0.3
     alone = summarise_rationale(results[1:])
     assert alone["rationale"]["slices"]["logits"]["overall"]["value"] is None  # nothing to learn it from
     assert alone["findings"]["zone"]["value"] is None
@@ -368,7 +370,7 @@ def test_where_nobody_looked_for_lesions_nothing_is_asked() -> None:
 def prediction() -> tuple[Prediction, dict[str, np.ndarray]]:
     """Five slices, the last one not seen; a lesion of PI-RADS 5 and a finding of PI-RADS 4 on it in slices 1 and 2.
 
-    Retrieval says of the slices: absent, absent, present in the TZ, present, present.
+    Retrieval says of the slices: absent, absent, present in the TZ, present, present; as a whole, all are absent.
     """
     gland, lesion = np.zeros((5, 256, 256), bool), np.zeros((5, 256, 256), bool)
     gland[:4, 100:160, 100:160] = True
@@ -378,10 +380,9 @@ def prediction() -> tuple[Prediction, dict[str, np.ndarray]]:
     similarity = np.zeros((len(CONCEPTS), 5, 64, 64), np.float32)
     for concept in ("lesion_present", ADC, DWI, "diffusion_focal", "t2w_hyperintense", "zone_tz"):
         similarity[AT[concept]] = 0.5
+    similarity[AT["lesion_absent"], :2] = 0.6
     slices = np.zeros((5, len(CONCEPTS)), np.float32)
-    slices[:2, AT["lesion_absent"]] = 1
-    slices[2:, AT["lesion_present"]] = 1
-    slices[2, AT["zone_tz"]] = slices[:, AT[DWI]] = 1
+    slices[:, AT["lesion_absent"]] = slices[:, AT["zone_pz"]] = 1
     given = stack([LARGE], [True], slices=5)
     given.regions.zero_()
     given.regions[0, 1:3, 35:37, 30:32] = 1
@@ -411,10 +412,10 @@ def test_masks_and_rationale_are_compared_slice_by_slice_and_finding_by_finding(
     result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert result.slices == 4
     assert result.disagreements == {"mask_only": 1, "rationale_only": 1, "zone": 1}
+    assert result.of_whole == 2  # as a whole, no slice has a lesion
     assert result.contradicted == [True]  # its own embedding is nearer to the TZ
     assert result.matches == [Match(zone=True, pirads=4, true_pirads=5)]
     # In the zone that the slice says, there is nothing to disagree on.
-    given.slices[2, AT["zone_pz"]] = 2
     given.similarity[AT["zone_pz"]] = 1
     result = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig())
     assert result.disagreements["zone"] == 0 and result.contradicted == [False]
@@ -430,9 +431,14 @@ def test_each_method_answers_a_slice_and_the_examination_in_its_own_way() -> Non
     assert second.said["mask"]["lesion_presence"] == AT["lesion_present"]
     assert second.said["mask"]["zone"] == AT["zone_pz"]  # measured, though the embedding says TZ
     assert second.said["mask"]["adc_signal"] == AT[ADC] and second.said["retrieval"]["dwi_signal"] == AT[DWI]
-    (whole,) = units["examinations"]
-    assert whole.said["retrieval"]["lesion_presence"] == AT["lesion_present"]
-    assert whole.said["retrieval"]["zone"] == AT["zone_tz"] and whole.said["mask"]["zone"] == AT["zone_pz"]
+    (exam,) = units["examinations"]
+    assert exam.said["retrieval"]["lesion_presence"] == AT["lesion_present"]
+    assert exam.said["retrieval"]["zone"] == AT["zone_tz"] and exam.said["mask"]["zone"] == AT["zone_pz"]
+    assert exam.said["whole"]["lesion_presence"] == AT["lesion_absent"] and exam.said["whole"]["zone"] == AT["zone_pz"]
+    # A lesion must be nearer than none by more than the model's margin, which the whole slice does not have.
+    strict = PostprocessingConfig(presence_margin=0.6)
+    units = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), strict).units
+    assert units["examinations"][0].said["retrieval"]["lesion_presence"] == AT["lesion_absent"]
     masks["lesions"][:] = 0
     units = assess_rationale(given, masks, (0.8, 0.8), TREE, NodeTargets(TREE, CONCEPTS), PostprocessingConfig()).units
     assert units["slices"][1].said["mask"]["lesion_presence"] == AT["lesion_absent"]
@@ -477,7 +483,7 @@ def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_f
     # Heat is max(cos, 0) in this configuration, so the plain similarity map is the same map.
     assert heat["lesion"]["rma"] == report["evidence"]["similarity"]["lesion"]["rma"]
     for level in ("slices", "examinations"):
-        assert set(report["rationale"][level]) == {"retrieval", "mask", "logits"}
+        assert set(report["rationale"][level]) == {"retrieval", "whole", "mask", "logits"}
         assert report["rationale"][level]["logits"]["overall"]["n"] > 0
     assert 0 <= report["inconsistency"]["slices"]["value"] <= 1
     text = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")

@@ -437,7 +437,7 @@ def test_a_finding_says_on_how_many_of_its_slices_the_model_denies_it(assessed):
     for finding in assessed.findings:
         here = [index for index in said if (lesions[index] == finding.label).any()]
         denied = sum(said[index] == "lesion_absent" for index in here)
-        told = [text for text in finding.contradictions if "asked of each slice as a whole" in text]
+        told = [text for text in finding.contradictions if "asked of each slice by itself" in text]
         assert len(told) == (denied > 0)
         assert all(f"on {len(here)} slices" in text and f"on {denied} of them" in text for text in told)
 

@@ -7,7 +7,7 @@ import pytest
 
 from MedRationaleLib.assessment import RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.evidence import rank, region_similarity
+from MedRationaleLib.evidence import TYPICAL_MM2, asked_of_slices, rank, region_similarity
 from MedRationaleLib.findings import Extension, LesionMeasurement
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.sectors import Sector
@@ -161,3 +161,18 @@ def test_where_contrast_enhancement_decides_nothing_it_is_not_asked():
     answers = LesionAnswers(lesion(), similarity(), TREE, dce="positive")
     assert TREE.walk(answers).pirads == 4
     assert "dce" not in {step.node for step in answers.steps}
+
+
+def test_a_slice_is_asked_where_its_gland_looks_most_like_a_lesion():
+    similarity = np.zeros((3, 3, 8, 8), np.float32)
+    present, absent, other = similarity
+    absent[:] = 0.2
+    present[0, 2, 2:5], other[0, 2, 2:5] = 0.8, 0.9  # three patches in the gland ...
+    present[0, 7, :] = 1.0  # ... and eight outside
+    gland = np.zeros((3, 32, 32), np.float32)
+    gland[:2, 4:20, 4:20] = 0.9  # rows and columns 1 to 4 of the patches
+    asked = asked_of_slices(similarity, gland, present=0, absent=1, patch_mm=(TYPICAL_MM2 / 3) ** 0.5)
+    assert asked[0] == pytest.approx([0.8, 0.2, 0.9]) and asked[1] == pytest.approx([0.0, 0.2, 0.0])
+    assert asked[2] == pytest.approx([0.0, 0.2, 0.0])  # no gland: the whole slice
+    few = asked_of_slices(similarity, gland, present=0, absent=1, patch_mm=1.0)  # 130 patches, of which 16 are there
+    assert few[0] == pytest.approx([0.8 * 3 / 16, 0.2, 0.9 * 3 / 16])

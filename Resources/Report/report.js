@@ -20,7 +20,7 @@
     });
     const { s, said, note } = slices[k];
     document.getElementById("where").textContent = `Slice ${k + 1} of ${last + 1} (S ${s.toFixed(1)} mm)`;
-    document.getElementById("said").textContent = said.length ? `Model on this slice as a whole: ${said.join(", ")}${note}` : "";
+    document.getElementById("said").textContent = said.length ? `Model on this slice by itself: ${said.join(", ")}${note}` : "";
   }
 
   function go(k) {

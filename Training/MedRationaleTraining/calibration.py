@@ -29,6 +29,7 @@ from MedRationaleLib.postprocessing import (
 from MedRationaleTraining.evaluation import SPACING, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
+from MedRationaleTraining.rationale_metrics import asked
 
 _logger = logging.getLogger(__name__)
 GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(12))
@@ -54,22 +55,28 @@ class Calibration:
     """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
     lesion_f2: dict[float, float]
     """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
+    lesion_slices: int
+    """Slices of the set on which candidates are then shown, cross-validated, too."""
+    presence_margin: float = 0.0
+    """As PostprocessingConfig has it: by retrieval as many slices have a lesion as by the masks."""
     heat_thresholds: dict[str, float] = field(default_factory=dict)
     """Concept -> the heat from which its heatmap overlaps best with where the concept is; of those that occurred."""
 
     @property
     def postprocessing(self) -> dict[str, Any]:
         """Fields of PostprocessingConfig."""
-        return {n: getattr(self, n) for n in ("gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood")}
+        names = ("gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood", "presence_margin")
+        return {n: getattr(self, n) for n in names}
 
 
 def calibrate(
     model: RationaleModel, folder: str | Path, *, cases: int | None = None, device: str = "cpu"
 ) -> Calibration:
-    """Choose what belongs to the masks, and of each concept's heatmap the threshold of the best overlap."""
+    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap."""
     tree = DecisionTree.load()
     concepts = list(tree.bank)
     overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
+    nearer: list[np.ndarray] = []
 
     def masks() -> Iterator[tuple[np.ndarray, np.ndarray, Sequences]]:
         for found in predictions(model, folder, cases, device):
@@ -79,11 +86,23 @@ def calibrate(
                 if on.any():
                     overlap = intersection_over_union(heat[concepts.index(concept), on], true.region[on])
                     overlaps[concept].append(overlap)
+            rows = asked(found, tree, concepts)[found.seen]
+            nearer.append(rows[:, concepts.index(tree.present)] - rows[:, concepts.index(tree.absent)])
             yield found.probabilities, found.truth, found.sequences
 
     chosen = calibrate_masks(masks(), folder)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
-    return replace(chosen, heat_thresholds={concept: THRESHOLDS[int(i)] for concept, i in best.items()})
+    return replace(
+        chosen,
+        presence_margin=margin_of(np.concatenate(nearer), chosen.lesion_slices),
+        heat_thresholds={concept: THRESHOLDS[int(i)] for concept, i in best.items()},
+    )
+
+
+def margin_of(nearer: np.ndarray, count: int) -> float:
+    """The margin that `count` of the values are above, halfway to the next one; beyond all values for none or all."""
+    ordered = np.concatenate([[nearer.max() + 1], np.sort(nearer)[::-1], [nearer.min() - 1]])
+    return round(float(ordered[count] + ordered[count + 1]) / 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +112,14 @@ class _Found:
     candidates: list[tuple[str, Mapping[str, float]]]
     """What it was seen on, and its features."""
     matches: LesionResults
+    slices: list[np.ndarray]
+    """Of each candidate, those that it is on."""
+
+    def shown_on(self, likelihood: Sequence[float], threshold: float) -> int:
+        """Slices with a candidate that is shown."""
+        shown = sorted((i for i, v in enumerate(likelihood) if v >= threshold), key=lambda i: -likelihood[i])
+        on = [self.slices[i] for i in shown[: PostprocessingConfig().lesion_maximum]]
+        return len(np.unique(np.concatenate(on))) if on else 0
 
     @property
     def hits(self) -> list[bool]:
@@ -141,11 +168,13 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
     scores = {floor: detection.score() for floor, detection in detections.items()}
     floor = _best(scores, base.lesion_floor)
     f2 = {threshold: detections[floor].f2(threshold) for threshold in LIKELIHOODS}
+    shown_from = _best(f2, base.lesion_likelihood)
     chosen = Calibration(
         gland_threshold=_best(mean_dice, base.gland_threshold),
         lesion_floor=floor,
-        lesion_likelihood=_best(f2, base.lesion_likelihood),
+        lesion_likelihood=shown_from,
         likelihood=_weights(found[floor]),
+        lesion_slices=sum(f.shown_on(v, shown_from) for f, v in zip(found[floor], likelihoods[floor], strict=True)),
         gland_dice=mean_dice,
         lesion_score=scores,
         lesion_f2=f2,
@@ -159,7 +188,11 @@ def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
     for number, candidate in enumerate(candidates, start=1):
         labels[candidate.mask] = number
     matches = match_lesions(labels, range(1, len(candidates) + 1), truth)
-    return _Found(candidates=[(c.seen_on, c.features) for c in candidates], matches=matches)
+    return _Found(
+        candidates=[(c.seen_on, c.features) for c in candidates],
+        matches=matches,
+        slices=[np.flatnonzero(c.mask.any((1, 2))) for c in candidates],
+    )
 
 
 def _names(seen_on: str) -> tuple[str, ...]:

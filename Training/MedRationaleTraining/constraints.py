@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.evidence import TYPICAL_MM2
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.preprocessing import CropSpec
@@ -37,8 +38,6 @@ from MedRationaleTraining.data.stacks import Stack
 
 NOT_DESCRIBED = ("lesion_presence", "zone")
 """Nodes that are answered by retrieval, but do not describe a lesion's appearance."""
-TYPICAL_MM2 = 130.0
-"""Area of the median lesion (13 mm across) in its largest slice; what an empty mask is measured in."""
 CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
 FAINT = 0.002
 """Heat, as a mean over the structure, that is as good as none."""

@@ -82,7 +82,8 @@ def _evidence_tables(evidence: Mapping[str, Any]) -> list[str]:
 
 
 ANSWERED_BY = {
-    "retrieval": "rationale (retrieval by the slice's mean embedding)",
+    "retrieval": "rationale (retrieval where the slice looks most like a lesion)",
+    "whole": "the same by the whole slice's mean embedding (the paper's unit)",
     "mask": "mask (the predicted mask and the embedding under it)",
     "logits": "logits (linear discriminant on the mask logits)",
 }
@@ -91,6 +92,7 @@ CONSISTENCY = {
     "slices_mask_only": "... the mask has a lesion, the rationale none",
     "slices_rationale_only": "... the rationale has a lesion, the mask none",
     "slices_zone": "... both have one, in different zones",
+    "slices_whole": "slices that contradict the mask when asked as a whole (the paper's unit)",
     "findings": "findings whose own embedding denies the lesion or its zone",
 }
 OF_FINDINGS = {
@@ -103,7 +105,7 @@ OF_FINDINGS = {
 def _rationale_tables(report: Mapping[str, Any]) -> list[str]:
     lines = [
         "",
-        "Rationale accuracy (Table 3): the questions of the true rationale, answered in three ways.",
+        "Rationale accuracy (Table 3): the questions of the true rationale, answered in four ways.",
         "",
         "| of | answered by | answers right | rationales right in full | n |",
         "|---|---|---|---|---|",

@@ -1,10 +1,12 @@
-"""Are the reasons right? Against two ways of answering without them (paper, Table 3), and against the masks.
+"""Are the reasons right? Against other ways of answering (paper, Table 3), and against the masks.
 
-Three methods answer the questions that the true rationale answers by retrieval, with the candidates of the true zone:
+Four methods answer the questions that the true rationale answers by retrieval, with the candidates of the true zone:
 
-retrieval  the nearest concept to the mean embedding of the whole slice (the paper's unit). An examination: is there a
+retrieval  the nearest concept to the slice's embedding where it looks most like a lesion, and a lesion where that is
+           nearer by the model's margin, as inference has it (evidence.asked_of_slices). An examination: is there a
            lesion on any slice; the other questions by the mean over the slices where retrieval sees a lesion, over all
            slices where it sees none.
+whole      the same with the mean embedding of the whole slice, the paper's unit, and no margin.
 mask       the clean lesion mask and what lies under it: a lesion where the mask has one, the zone measured on it, the
            rest by the mean embedding under it. A slice is answered by the finding that is largest on it, an examination
            by the one of the highest PI-RADS category, then the likeliest. Without a finding only absence is answered.
@@ -27,7 +29,7 @@ import SimpleITK as sitk
 
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.evidence import region_similarity
+from MedRationaleLib.evidence import asked_of_slices, region_similarity
 from MedRationaleLib.findings import LesionMeasurement, measure_lesions
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.postprocessing import PostprocessingConfig
@@ -40,7 +42,7 @@ from MedRationaleTraining.metrics import ratio
 if TYPE_CHECKING:
     from MedRationaleTraining.evaluation import Prediction
 
-METHODS = ("retrieval", "mask", "logits")
+METHODS = ("retrieval", "whole", "mask", "logits")
 LEVELS = ("slices", "examinations")
 FOLDS = 5
 RIDGE = 0.01
@@ -60,7 +62,7 @@ class Unit:
 
     asked: Asked
     said: dict[str, Said]
-    """"retrieval" and "mask" -> their answers."""
+    """"retrieval", "whole" and "mask" -> their answers."""
     logits: np.ndarray
     """(8,) mean, then maximum of the mask logits of each class."""
 
@@ -100,6 +102,8 @@ class RationaleResult:
     """Slices in which T2W has data."""
     disagreements: dict[str, int]
     """"mask_only", "rationale_only" and "zone" -> slices."""
+    of_whole: int
+    """Slices that disagree in any of these ways when they are asked as a whole, the paper's unit."""
 
 
 def predicted_findings(
@@ -153,20 +157,17 @@ def assess_rationale(
     findings = predicted_findings(prediction, masks, likelihood, tree, concepts, config)
     by_label = {f.lesion.label: f for f in findings}
     largest = [_largest_label(labels[s]) for s in seen]
-    present = {n.id: n.candidates() for n in tree.nodes.values() if n.id in (tree.start, "zone")}
-    said_of = {
-        node: [c[int(prediction.slices[s][[targets.index[i] for i in c]].argmax())] for s in seen]
-        for node, c in present.items()
-    }
-    sees = np.array([c != tree.absent for c in said_of[tree.start]], bool)
+    rows = {"retrieval": asked(prediction, tree, concepts)[seen], "whole": prediction.slices[seen]}
+    present, absent = targets.index[tree.present], targets.index[tree.absent]
+    margin = {"retrieval": config.presence_margin, "whole": 0.0}
+    sees = {method: row[:, present] - row[:, absent] > margin[method] for method, row in rows.items()}
     truths = slice_answers(prediction.stack)
     slices = [
         _unit(
             targets,
             tree,
             truths[s],
-            prediction.slices[s],
-            bool(sees[i]),
+            {method: (row[i], bool(sees[method][i])) for method, row in rows.items()},
             by_label.get(largest[i]),
             prediction.logits[s],
         )
@@ -174,31 +175,54 @@ def assess_rationale(
     ]
     units: dict[str, list[Unit]] = {"slices": slices, "examinations": []}
     if len(seen):
-        rows, logits = prediction.slices[seen], prediction.logits[seen]
+        logits = prediction.logits[seen]
         half = logits.shape[1] // 2
         units["examinations"] = [
             _unit(
                 targets,
                 tree,
                 examination_answers(prediction.stack, tree),
-                (rows[sees] if sees.any() else rows).mean(0),
-                bool(sees.any()),
+                {m: ((r[sees[m]] if sees[m].any() else r).mean(0), bool(sees[m].any())) for m, r in rows.items()},
                 max(findings, key=lambda f: (f.pirads, f.lesion.likelihood), default=None),
                 np.concatenate([logits[:, :half].mean(0), logits[:, half:].max(0)]),
             )
         ]
-    zone_of = {label: f.lesion.zone for label, f in by_label.items()}
-    both = [(tree.zones[said_of["zone"][i]], zone_of[m]) for i, m in enumerate(largest) if m and sees[i]]
+    zone_of = {label: finding.lesion.zone for label, finding in by_label.items()}
+    zones = [targets.index[c] for c in tree.zones]
+    disagreements = {
+        method: _disagreements(largest, zone_of, sees[method], [list(tree.zones.values())[i] for i in row.argmax(1)])
+        for method, row in ((m, r[:, zones]) for m, r in rows.items())
+    }
     return RationaleResult(
         units={level: [u for u in of_level if u.asked] for level, of_level in units.items()},
         matches=_matches(prediction, labels, findings, tree),
         contradicted=[f.contradictions > 0 for f in findings],
         slices=len(seen),
-        disagreements={
-            "mask_only": sum(bool(m) and not s for m, s in zip(largest, sees, strict=True)),
-            "rationale_only": sum(not m and bool(s) for m, s in zip(largest, sees, strict=True)),
-            "zone": sum(a != b for a, b in both),
-        },
+        disagreements=disagreements["retrieval"],
+        of_whole=sum(disagreements["whole"].values()),
+    )
+
+
+def _disagreements(
+    largest: Sequence[int], zone_of: Mapping[int, str], sees: np.ndarray, said: Sequence[str]
+) -> dict[str, int]:
+    """`largest`: of each slice the largest finding's label; `sees`, `said`: lesion and zone by retrieval."""
+    both = [(zone, zone_of[m]) for m, s, zone in zip(largest, sees, said, strict=True) if m and s]
+    return {
+        "mask_only": sum(bool(m) and not s for m, s in zip(largest, sees, strict=True)),
+        "rationale_only": sum(not m and bool(s) for m, s in zip(largest, sees, strict=True)),
+        "zone": sum(a != b for a, b in both),
+    }
+
+
+def asked(prediction: Prediction, tree: DecisionTree, concepts: Sequence[str]) -> np.ndarray:
+    """(S, K) similarity of every slice where it looks most like a lesion, as in inference."""
+    return asked_of_slices(
+        prediction.similarity,
+        prediction.probabilities[0],
+        present=concepts.index(tree.present),
+        absent=concepts.index(tree.absent),
+        patch_mm=prediction.probabilities.shape[-1] * PIXEL_MM / prediction.similarity.shape[-1],
     )
 
 
@@ -226,22 +250,20 @@ def _unit(
     targets: NodeTargets,
     tree: DecisionTree,
     truth: Mapping[str, str],
-    similarity: np.ndarray,
-    seen: bool,
+    retrieved: Mapping[str, tuple[np.ndarray, bool]],
     finding: PredictedFinding | None,
     logits: np.ndarray,
 ) -> Unit:
-    """`seen`: whether retrieval says that there is a lesion; `finding`: who answers for the masks."""
+    """`retrieved`: by either way, similarity and whether there is a lesion; `finding`: who answers for the masks."""
     asked = targets.rows(truth)
-    retrieval: Said = {node: _nearest(similarity, candidates) for node, candidates, _ in asked}
-    mask: Said = {node: _nearest(finding.similarity, c) if finding else None for node, c, _ in asked}
-    for said, there in ((retrieval, seen), (mask, finding is not None)):
-        said[tree.start] = next(
-            targets.index[c] for c in tree.nodes[tree.start].candidates() if there == (c != tree.absent)
-        )
-    if finding is not None and "zone" in mask:
-        mask["zone"] = next(targets.index[c] for c, zone in tree.zones.items() if zone == finding.lesion.zone)
-    return Unit(asked=asked, said={"retrieval": retrieval, "mask": mask}, logits=logits)
+    said: dict[str, Said] = {m: {node: _nearest(row, c) for node, c, _ in asked} for m, (row, _) in retrieved.items()}
+    said["mask"] = {node: _nearest(finding.similarity, c) if finding else None for node, c, _ in asked}
+    there = {m: sees for m, (_, sees) in retrieved.items()} | {"mask": finding is not None}
+    for method, answers in said.items():
+        answers[tree.start] = targets.index[tree.present if there[method] else tree.absent]
+    if finding is not None and "zone" in said["mask"]:
+        said["mask"]["zone"] = next(targets.index[c] for c, zone in tree.zones.items() if zone == finding.lesion.zone)
+    return Unit(asked=asked, said=said, logits=logits)
 
 
 def _nearest(similarity: np.ndarray, candidates: list[int]) -> int:
@@ -344,7 +366,8 @@ def summarise_rationale(results: Sequence[RationaleResult]) -> dict[str, Any]:
                   "confusion": {true category: {category: findings}}},
      "inconsistency": {"slices": Estimate of any of the next three, "slices_mask_only": the mask has a lesion and the
                        rationale none, "slices_rationale_only": the reverse, "slices_zone": both see one, in different
-                       zones; "findings": Estimate of those whose own embedding denies the lesion or its zone}}
+                       zones; "slices_whole": any of the three where slices are asked as a whole;
+                       "findings": Estimate of those whose own embedding denies the lesion or its zone}}
     Accuracy of zone and category is the paper's Figure 6, inconsistency its Appendix E.
     """
     tables: dict[str, dict[str, Any]] = {}
@@ -375,6 +398,7 @@ def summarise_rationale(results: Sequence[RationaleResult]) -> dict[str, Any]:
         "inconsistency": {
             "slices": asdict(ratio([sum(r.disagreements.values()) for r in results], slices)),
             **{f"slices_{k}": asdict(ratio([r.disagreements[k] for r in results], slices)) for k in kinds},
+            "slices_whole": asdict(ratio([r.of_whole for r in results], slices)),
             "findings": asdict(ratio([sum(r.contradicted) for r in results], [len(r.contradicted) for r in results])),
         },
     }
