@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +123,26 @@ def test_the_command_asks_for_a_validation_set(tiny_set: Path, tmp_path: Path, c
     assert main(given) == 2
     assert "validation set" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(record, config, tiny_set: Path) -> None:
+    with pytest.raises(InputError, match=r"one with other steps; choose another `out`"):
+        ablate(replace(config, steps=3), SETTINGS, tiny_set, seeds=[0], only=["none"], cases=1)
+    with pytest.raises(InputError, match=r"one with other cases; choose"):
+        ablate(config, SETTINGS, tiny_set, seeds=[0], only=["none"], cases=2)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(config, tiny_set: Path, tmp_path: Path) -> None:
+    fresh = replace(config, out=str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="Expected a synthetic set in"):
+        ablate(fresh, SETTINGS, tmp_path / "none", seeds=[0], cases=1)
+    with pytest.raises(InputError, match="at least one seed"):
+        ablate(fresh, SETTINGS, tiny_set, seeds=[], cases=1)
+    assert not Path(fresh.out).exists()
+
+
+def test_a_value_of_another_type_in_an_arms_file_is_one_sentence(tmp_path: Path) -> None:
+    for arm in ARMS:
+        (tmp_path / f"{arm}.yaml").write_text("disentangle: maybe\n")
+    with pytest.raises(InputError, match=r"none.yaml, got: .*disentangle"):
+        arms(tmp_path, ConstraintConfig())

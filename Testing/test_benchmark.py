@@ -147,4 +147,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "pixels that are a multiple of 16" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["benchmark", "--out", str(tmp_path / "gpu"), "--device", "cuda"]) == 2
-        assert "Expected a CUDA device" in capsys.readouterr().err and not (tmp_path / "gpu").exists()
+        assert "Expected a device that is here, got 'cuda'" in capsys.readouterr().err
+    assert main(["benchmark", "--out", str(tmp_path / "gpu"), "--device", "nothing"]) == 2
+    assert "got 'nothing'" in capsys.readouterr().err and not (tmp_path / "gpu").exists()
+    assert main(["benchmark", "--out", str(tmp_path / "gpu"), "--case", str(tmp_path)]) == 2
+    assert "expected a folder with image files" in capsys.readouterr().err and not (tmp_path / "gpu").exists()
+    assert main(["benchmark", "--out", str(tmp_path), "--pixels", "0"]) == 2

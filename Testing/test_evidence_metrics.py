@@ -47,6 +47,7 @@ from MedRationaleTraining.rationale_metrics import (  # noqa: E402
 from training_samples import TINY  # noqa: E402
 
 from MedRationaleLib.decision_tree import DecisionTree  # noqa: E402
+from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import save_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import ModelConfig  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
@@ -458,6 +459,13 @@ def test_a_finding_beside_the_lesion_is_no_match_and_a_lesion_is_matched_once() 
 
 
 # ------------------------------------------------------------------ the whole evaluation
+
+
+@pytest.mark.parametrize(("given", "words"), [({"cases": 0}, "at least 1 examination"), ({"device": "x"}, "a device")])
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(given, words, tiny_set, tmp_path) -> None:
+    with pytest.raises(InputError, match=words):
+        evaluate("compact", tiny_set, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interval_leaves_out_resamples_without_an_example() -> None:

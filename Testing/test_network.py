@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ torch = pytest.importorskip("torch")
 from training_samples import TINY  # noqa: E402
 
 from MedRationaleLib import inference  # noqa: E402
+from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
 from MedRationaleLib.network import SLICES_AT_ONCE, Network, Prediction  # noqa: E402
 from MedRationaleLib.postprocessing import PostprocessingConfig  # noqa: E402
@@ -128,9 +130,17 @@ def test_on_the_cpu_the_matrices_are_those_for_the_cpu(by_slice, given, monkeypa
     assert same(prediction, float32(by_slice)(given))
 
 
+def test_without_a_compiler_nothing_is_left_to_fail_later(by_slice, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"Expected a C\+\+ compiler .* found none of g\+\+"):
+        float32(by_slice, compiled=True)
+
+
 def test_a_compiled_encoder_is_asked_in_place_of_the_models(by_slice, given, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    monkeypatch.setenv("CXX", sys.executable)  # any program will do, for nothing is compiled
     network = float32(by_slice, compiled=True)
     assert len(compiled) == 1 and type(compiled[0]) is type(by_slice.f_img)
     assert same(float32(by_slice)(given), network(given))

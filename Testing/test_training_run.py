@@ -285,6 +285,10 @@ def test_weights_are_not_mixed_with_those_of_another_model(run: FitConfig, model
         ({"loss": LossConfig(text_every=0)}, "text_every"),
         ({"optimizer": OptimizerConfig(lr=0.0)}, "positive optimizer.lr"),
         ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, "optimizer.betas"),
+        ({"optimizer": OptimizerConfig(lr=float("inf"))}, "finite numbers, got optimizer.lr"),
+        ({"loss": LossConfig(lesion_weight=-1.0)}, "weights of 0 or more"),
+        ({"seed": -1}, "a seed of 0 or more"),
+        ({"baseline": "unet", "initial": "folder"}, "no initial model for a baseline"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_without_data(changes: dict, words: str) -> None:
@@ -305,6 +309,48 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tiny_set: Path, tmp_path: Pat
         trainer.fit()
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "nan" / STATE).exists()
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_state(tiny_set: Path, tmp_path: Path) -> None:
+    """The loss of the last step is finite, and what the step makes of the weights is not."""
+    trainer = Trainer(tiny_run(tmp_path / "inf", tiny_set))
+    trainer.save()
+    before = (tmp_path / "inf" / STATE).read_bytes()
+    with torch.no_grad():
+        trainer.model.projection.fuse[-1].bias[0] = float("inf")
+    with pytest.raises(InputError, match="Expected finite weights, got others at step 0"):
+        trainer.save()
+    assert (tmp_path / "inf" / STATE).read_bytes() == before
+
+
+CONFIG = str(Path(__file__).parents[1] / "Training" / "configs" / "compact.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["fit", "--config", CONFIG, "--train", "one"], "a list such as [one,two] for --train, got one; correct it.\n"),
+        (["fit", "--config", CONFIG, "--config", "FILE"], "'constraints.roh' in FILE; did you mean constraints.rho?"),
+        (["fit", "--config", CONFIG, "--config", "TYPE"], "a whole number for --steps, got many; correct it in TYPE."),
+        (
+            ["fit", "--config", CONFIG, "--precision", "half"],
+            "one of 'bf16-mixed', '32-true' for --precision, got half",
+        ),
+        (["fit"], "Expected --out and --train, got none"),
+        (["fit", "--config", "BROKEN"], 'in "BROKEN", line 1'),
+    ],
+)
+def test_a_mistaken_option_is_told_in_the_words_that_were_typed(
+    given: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    texts = {"FILE": "constraints:\n  roh: 1\n", "TYPE": "steps: many\n", "BROKEN": "a: [1\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        given = [str(tmp_path / name) if g == name else g for g in given]
+        words = words.replace(name, str(tmp_path / name))
+    assert main(given) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
 
 
 def test_an_empty_set_is_one_sentence(tmp_path: Path) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import warnings
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from MedRationaleLib.errors import InputError
+
 if TYPE_CHECKING:
     from MedRationaleLib.model.rationale_model import RationaleModel
+
+COMPILERS = ("g++", "clang++", "cl")
+"""What torch.compile calls on a CPU, on Linux, macOS and Windows; the environment's CXX comes first."""
 
 
 def bf16_in_hardware(device: str | torch.device) -> bool:
@@ -19,6 +26,15 @@ def bf16_in_hardware(device: str | torch.device) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return kind == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_device(device: str) -> None:
+    """Raises InputError where torch has no such device here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"Expected a device that is here, got '{device}' ({reason}); choose cpu.") from error
 
 
 def uses_bf16(device: str | torch.device, precision: str = "auto") -> bool:
@@ -39,7 +55,15 @@ def faster(
     In plain float32 that is the model itself; else all but the encoder is shared with the model, which stays as it is.
     In bfloat16 it says bit by bit what autocast alone would, which makes these copies at every call. int8 is torch's
     dynamic quantisation.
+
+    Raises InputError where it is to be compiled for a CPU and there is no C++ compiler.
     """
+    on_cpu = torch.device(device).type == "cpu"
+    if compiled and on_cpu and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        raise InputError(
+            f"Expected a C++ compiler to compile the image encoder with, found none of {', '.join(COMPILERS)}; "
+            "install one, name it in the environment's CXX, or leave --compile out."
+        )
     bf16 = uses_bf16(device, precision)
     if not (bf16 or precision == "int8" or compiled):
         return model

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.progress import track
 from scipy.stats import t as student
 
@@ -28,10 +29,12 @@ from MedRationaleTraining.data.synthetic import StoredExam, describe_set, stored
 from MedRationaleTraining.evaluation import evaluate
 from MedRationaleTraining.export import export_run
 from MedRationaleTraining.provenance import commit
-from MedRationaleTraining.trainer import Trainer
+from MedRationaleTraining.trainer import OF_A_MACHINE, Trainer
 
 _logger = logging.getLogger(__name__)
 METRICS = "metrics.json"
+ARM = "arm.json"
+"""In the folder of a run: what it is made of, and its figures once they are measured."""
 ARMS = {
     "none": "without constraints",
     "disentangle": "disentanglement only",
@@ -51,6 +54,8 @@ FIGURES = {
 def arms(folder: Path, base: ConstraintConfig) -> dict[str, ConstraintConfig]:
     """Arm -> constraints: the base's with what FOLDER/<arm>.yaml names."""
     known = {f.name for f in fields(ConstraintConfig)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ConstraintConfig, "c")
     found = {}
     for arm in ARMS:
         path = folder / f"{arm}.yaml"
@@ -60,7 +65,11 @@ def arms(folder: Path, base: ConstraintConfig) -> dict[str, ConstraintConfig]:
             raise InputError(f"Expected the settings of an arm in {path}, got {type(error).__name__}.") from error
         if not isinstance(given, dict) or not given.keys() <= known:
             raise InputError(f"Expected settings of `constraints` in {path}, got others; `fit --help` lists them.")
-        found[arm] = replace(base, **given)
+        try:
+            typed = parser.parse_object({"c": asdict(base) | given}).c
+        except ArgumentError as error:
+            raise InputError(f"Expected settings of `constraints` in {path}, got: {error.message}") from error
+        found[arm] = ConstraintConfig(**typed.as_dict())
     return found
 
 
@@ -94,8 +103,13 @@ def ablate(
         check(replace(config, constraints=arm))
     if config.val is None:
         raise InputError("Expected a validation set for the thresholds of each arm, got none; give --val.")
+    if not seeds:
+        raise InputError("Expected at least one seed, got none; correct --seeds.")
+    stored_exams(test, cases)
+    stored_exams(config.val, config.validation_cases)
     out = Path(config.out)
     check_writable(out)
+    commits = set()
     values: dict[str, dict[str, list[float | None]]] = {}
     for name in (arm for arm in ARMS if arm in only):
         constraints = chosen[name]
@@ -105,12 +119,13 @@ def ablate(
             _logger.info("arm %s, seed %d", name, seed)
             given = replace(config, constraints=constraints, seed=seed, out=str(run))
             measured = _measure(given, chosen["both"], test, cases)
-            for figure, value in measured.items():
+            commits.add(measured["commit"] or "unknown")
+            for figure, value in measured["figures"].items():
                 values[name][figure].append(value)
     record = {
         "format": 1,
         "command": command,
-        "commit": commit(),
+        "commit": ", ".join(sorted(commits)),
         "initial_sha256": load_checkpoint(config.initial).sha256 if config.initial else None,
         "seeds": list(seeds),
         "split": {k: describe_set(test)[k] for k in ("name", "split", "seed")} | {"examinations": cases},
@@ -123,26 +138,52 @@ def ablate(
     return written
 
 
-def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, float | None]:
+def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, Any]:
+    """Train and measure one run, or take what is known of it; refuses one that was begun with anything else."""
     run = Path(config.out)
-    done, kept = run / "test" / "evaluation.json", run / "test" / "figures.json"
-    if kept.exists():
-        figures: dict[str, float | None] = json.loads(kept.read_text(encoding="utf-8"))
-        return figures
-    if not done.exists():
-        Trainer(config).fit()
-        model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
-        evaluate(model, test, run / "test", cases=cases)
-    report = json.loads(done.read_text(encoding="utf-8"))
-    figures = {
+    path = run / ARM
+    known: dict[str, Any] = {"of": _what(config, ours, test, cases)}
+    if path.exists():
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["of"] != known["of"]:
+            changed = sorted(k for k in known["of"] if earlier["of"].get(k) != known["of"][k])
+            raise InputError(
+                f"Expected in {run} a run of the given settings, got one with other {', '.join(changed)}; "
+                "choose another `out`, or remove that folder."
+            )
+        if "figures" in earlier:
+            return earlier
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(known, indent=1) + "\n")
+    Trainer(config).fit()
+    model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
+    report = evaluate(model, test, run / "test", cases=cases)
+    known["commit"] = commit()
+    known["figures"] = {
         "rma": report["evidence"]["rma_lesion"]["value"],
         "lesion_dice": report["metrics"]["dice_lesion"]["value"],
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices_whole"]["value"],
         "max_violation": max(violations(run / "model", test, ours, cases).values(), default=None),
     }
-    write_text(kept, json.dumps(figures, allow_nan=False) + "\n")
-    return figures
+    write_text(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
+    return known
+
+
+def _what(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, Any]:
+    """All that the figures of a run depend on but the code, as JSON has it."""
+    settings = {k: v for k, v in asdict(config).items() if k not in (*OF_A_MACHINE, "train", "initial")}
+    what = settings | {
+        "train": [describe_set(folder) for folder in config.train],
+        "val": describe_set(str(config.val)),
+        "validation_cases": config.validation_cases,
+        "initial": load_checkpoint(config.initial).sha256 if config.initial else None,
+        "test": describe_set(test),
+        "cases": cases,
+        "violations": asdict(ours),
+    }
+    known: dict[str, Any] = json.loads(json.dumps(what))
+    return known
 
 
 @torch.no_grad()
@@ -156,7 +197,7 @@ def violations(
     network = load_checkpoint(model).model
     compute = RationaleConstraints(constraints, DecisionTree.load(), network.concepts)
     values: dict[str, list[float]] = defaultdict(list)
-    for index, folder in enumerate(track(stored_exams(data)[:cases], "Constraints")):
+    for index, folder in enumerate(track(stored_exams(data, cases), "Constraints")):
         stack = whole_exam(StoredExam.open(folder))
         with autocast("cpu"):
             output = network(stack.images[None])

@@ -20,7 +20,7 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import atomic_path, check_writable, write_text
 from MedRationaleLib.model.checkpoint import CONFIG, WEIGHTS
 from MedRationaleLib.model.config import CLASSES
-from MedRationaleLib.model.precision import autocast
+from MedRationaleLib.model.precision import autocast, check_device
 from MedRationaleLib.postprocessing import PostprocessingConfig, Sequences
 from MedRationaleTraining.calibration import calibrate_masks
 from MedRationaleTraining.data.stacks import MASK_PIXELS, make_stack, whole_exam
@@ -72,7 +72,7 @@ class BaselineTrainer(Trainer):
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         model, rows = self._averaged(), []
-        for path in stored_exams(str(self.config.val))[: self.config.validation_cases]:
+        for path in stored_exams(str(self.config.val), self.config.validation_cases):
             stack = whole_exam(StoredExam.open(path))
             with self.fabric.autocast():
                 logits = model(stack.images[None].to(self.fabric.device))[0]
@@ -117,7 +117,8 @@ def evaluate_baseline(
     folder: str | Path, data: str | Path, out: Path, *, cases: int | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Masks and detection of a baseline, as `evaluate` measures them; evaluation.json and evaluation.md in `out`."""
-    stored_exams(data)
+    stored_exams(data, cases)
+    check_device(device)
     check_writable(out)
     folder = Path(folder)
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -143,7 +144,7 @@ def _masks(
     model: SegmentationBaseline, data: str | Path, cases: int | None, device: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Sequences]]:
     """(4, S, 256, 256) probabilities, averaged with those of the mirror image, truth, and ADC and DWI."""
-    for path in track(stored_exams(data)[:cases], "Assessing"):
+    for path in track(stored_exams(data, cases), "Assessing"):
         exam = StoredExam.open(path)
         images = whole_exam(exam).images
         with autocast(device):

@@ -28,7 +28,7 @@ from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.inference import Predictor
 from MedRationaleLib.model.checkpoint import save_checkpoint
 from MedRationaleLib.model.config import ModelConfig, medsam_biomedclip
-from MedRationaleLib.model.precision import autocast, bf16_in_hardware, faster
+from MedRationaleLib.model.precision import autocast, bf16_in_hardware, check_device, faster
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.torchvision_guard import sam_modeling
 from MedRationaleLib.phantom import write_phantom
@@ -63,14 +63,15 @@ def measure(config: BenchmarkConfig, command: str = "", fit: FitConfig | None = 
         command: how this was called, for the record.
         fit: what `config.training` names; None measures no training.
     """
-    if min(config.rounds, config.steps, config.depth, *config.batches, 1) < 1 or config.pixels % 16:
+    if min(config.rounds, config.steps, config.depth, *config.batches, config.pixels, 1) < 1 or config.pixels % 16:
         raise InputError(
             "Expected rounds, steps, layers and batches of at least 1 and pixels that are a multiple of 16, got "
             f"{config.rounds}, {config.steps}, {config.depth}, {config.batches} and {config.pixels}; correct the "
             "options."
         )
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"Expected a CUDA device for '{config.device}', found none; choose --device cpu.")
+    check_device(config.device)
+    if config.case is not None:
+        Study.from_case(Path(config.case))  # one that cannot be read is refused before anything is measured
     out = Path(config.out)
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)

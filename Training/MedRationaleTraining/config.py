@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from MedRationaleLib.errors import InputError
@@ -224,9 +225,15 @@ def check(config: FitConfig) -> None:
     """Refuse what cannot be trained, before any data is read."""
     m, s, o, loss, c = config.model, config.sampling, config.optimizer, config.loss, config.constraints
     shares = (s.lesion_stacks, s.move, s.contrast, s.drop_adc, s.drop_dwi, s.drop_both)
-    weights = (loss.focal_weight, loss.dice_weight, loss.node_weight, loss.slice_weight, loss.rationale_weight)
+    weights = (loss.focal_weight, loss.dice_weight, loss.node_weight, loss.slice_weight, loss.rationale_weight,
+               loss.lesion_weight)  # fmt: skip
+    endless = [name for name, value in _numbers(asdict(config)) if not math.isfinite(value)]
     rules: tuple[tuple[bool, str, object], ...] = (
         (bool(config.train), "at least one synthetic set in train (make one with `synthesize`)", config.train),
+        (not endless, "finite numbers", ", ".join(endless)),
+        (config.seed >= 0, "a seed of 0 or more", config.seed),
+        (config.baseline is None or config.initial is None, "no initial model for a baseline, which has other weights",
+         config.initial),
         (config.steps >= 1, "steps of at least 1", config.steps),
         (config.batch >= 1, "batch of at least 1", config.batch),
         (config.devices >= 1, "devices of at least 1", config.devices),
@@ -263,3 +270,14 @@ def check(config: FitConfig) -> None:
     for holds, expected, got in rules:
         if not holds:
             raise InputError(f"Expected {expected}, got {got}; correct the configuration.")
+
+
+def _numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted name, value."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield from _numbers({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield prefix + name, value

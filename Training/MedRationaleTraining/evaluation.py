@@ -22,7 +22,7 @@ from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.config import CLASSES
-from MedRationaleLib.model.precision import autocast
+from MedRationaleLib.model.precision import autocast, check_device
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.postprocessing import (
     DIFFUSION,
@@ -156,7 +156,7 @@ def predictions(
     model: RationaleModel, folder: str | Path, cases: int | None, device: str, *, evidence: bool = False
 ) -> Iterator[Prediction]:
     """One after the other, with a progress bar."""
-    for path in track(stored_exams(folder)[:cases], "Assessing"):
+    for path in track(stored_exams(folder, cases), "Assessing"):
         yield predict(model, StoredExam.open(path), device, evidence=evidence)
 
 
@@ -289,7 +289,8 @@ def evaluate(
     The thresholds of the heatmaps' overlap are those under `heat_thresholds` of the calibration that came with the
     model, where there is one; nothing is chosen here but what is called best.
     """
-    stored_exams(data)
+    stored_exams(data, cases)
+    check_device(device)
     check_writable(out)
     checkpoint = load_checkpoint(model, device=device)
     config = PostprocessingConfig(**checkpoint.postprocessing)
@@ -336,7 +337,7 @@ def quick_validation(
     """Volume Dice of the raw masks at 0.5 and node accuracy of the true regions, for the training curves."""
     targets = NodeTargets(tree, model.concepts)
     scores: dict[str, list[float]] = defaultdict(list)
-    for path in stored_exams(folder)[:cases]:
+    for path in stored_exams(folder, cases):
         stack = whole_exam(StoredExam.open(path))
         with fabric.autocast():
             output = model(stack.images[None].to(fabric.device))

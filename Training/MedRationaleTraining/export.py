@@ -183,11 +183,14 @@ def _existing(path: Path) -> Path:
 def _about(run: Path, config: FitConfig | None) -> dict[str, Any]:
     """run.json; where there is none, the given settings and today's vocabulary."""
     path = run / RUN
-    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"Expected a run's settings in {path}, got a file that cannot be read ({error}).") from error
     if config is not None:
         about["config"] = json.loads(json.dumps(asdict(config)))
     if "config" not in about:
-        raise InputError(f"Expected {RUN} in {run}, found none; give the run's settings with --config.")
+        raise InputError(f"Expected {RUN} in {run}, found none; give the run's settings with --settings.")
     bank = ConceptBank.load()
     phrases = [text for texts in all_phrases(bank).values() for text in texts]
     about.setdefault("concepts", list(bank))
@@ -239,6 +242,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         markdown(report)
         return {**report, "weights_sha256": report["weights_sha256"], "postprocessing": report["postprocessing"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InputError(
-            f"Expected an evaluation.json by `evaluate` in {path}, got a file that cannot be used ({error})."
+            f"Expected an evaluation.json by `evaluate` in {path}, got a file that cannot be used ({reason})."
         ) from error

@@ -52,6 +52,8 @@ class CaseScore:
 
 def score_cases(model: str, folders: list[Path]) -> list[CaseScore]:
     """Assess every folder (t2w, adc, dwi; gland, zones 1 PZ 2 TZ, lesion as .nii.gz) and compare."""
+    if not folders:
+        raise InputError("Expected at least one folder of a real examination, got none; name them as [one,two].")
     for folder in folders:
         if not any((folder / f"{name}.nii.gz").exists() for name in MASKS):
             raise InputError(
@@ -127,8 +129,9 @@ def read_scores(path: Path, sha256: str) -> list[CaseScore]:
         ]
         scored = record["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InputError(
-            f"Expected {SCORES} by `score` in {path}, got a file that cannot be used ({error})."
+            f"Expected {SCORES} by `score` in {path}, got a file that cannot be used ({reason})."
         ) from error
     if scored != sha256:
         raise InputError(f"Expected scores of the exported weights in {path}, got those of others; run `score` again.")

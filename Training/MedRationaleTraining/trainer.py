@@ -150,6 +150,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state under a temporary name, then rename, so that a kill leaves the earlier one."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise InputError(
+                f"Expected finite weights, got others at step {self.step}; lower optimizer.lr. "
+                f"An earlier state in {self.out} is left as it is."
+            )
         part = self.out / (STATE + ".part")
         try:
             self.out.mkdir(parents=True, exist_ok=True)

@@ -235,12 +235,14 @@ def _classes(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def stored_exams(folder: str | Path) -> list[Path]:
-    """Folders of a set's examinations."""
+def stored_exams(folder: str | Path, cases: int | None = None) -> list[Path]:
+    """Folders of a set's examinations, or of the first `cases` of them."""
+    if cases is not None and cases < 1:
+        raise InputError(f"Expected at least 1 examination of {folder}, got cases {cases}; correct it or leave it out.")
     found = sorted(p.parent for p in Path(folder).glob("[!.]*/rationales.json"))
     if not found:
         raise InputError(
             f"Expected a synthetic set in {folder}, or a prepared one, found none; make one with "
             "`medrationale-train synthesize` or `medrationale-train prepare`."
         )
-    return found
+    return found[:cases]
