@@ -357,6 +357,12 @@ def test_a_folder_that_is_not_biomedclips_is_refused_in_one_sentence(
     assert "\n" not in str(refused.value)
 
 
+def test_a_file_that_is_missing_is_told_before_a_large_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "medsam.pth").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"got no open_clip_config.json, no open_clip_pytorch_model.bin, no vocab.txt"):
+        import_model(tmp_path / "medsam.pth", tmp_path / "nothing", tmp_path / "model")
+
+
 def test_a_vocabulary_of_more_words_than_there_are_embeddings_is_refused(medsam: Path, tmp_path: Path) -> None:
     biomedclip(tmp_path / "clip")
     with (tmp_path / "clip" / "vocab.txt").open("a") as file:

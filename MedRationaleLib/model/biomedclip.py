@@ -53,12 +53,8 @@ class TextWeights:
             (folder / path.name).write_bytes(path.read_bytes())
 
 
-def read_biomedclip(folder: Path) -> TextWeights:
-    """Read open_clip_config.json, the weights and the tokenizer's files; nothing is asked of a network.
-
-    The BERT's sizes are those of its tensors, so that its own config.json may be missing, as it is in BiomedCLIP's
-    repository.
-    """
+def published_files(folder: Path) -> tuple[Path, tuple[Path, ...]]:
+    """The weights and the tokenizer's files of a folder, unread; refused where one of the needed files is missing."""
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     tokenizer = tuple(folder / name for name in TEXT_FILES[1:] if (folder / name).is_file())
     absent = [] if (folder / CONFIG).is_file() else [CONFIG]
@@ -69,6 +65,16 @@ def read_biomedclip(folder: Path) -> TextWeights:
             f"Expected {CONFIG}, {WEIGHTS} and vocab.txt of {REPOSITORY} in {folder}, got no {', no '.join(absent)}; "
             "put the files there."
         )
+    return weights, tokenizer
+
+
+def read_biomedclip(folder: Path) -> TextWeights:
+    """Read open_clip_config.json, the weights and the tokenizer's files; nothing is asked of a network.
+
+    The BERT's sizes are those of its tensors, so that its own config.json may be missing, as it is in BiomedCLIP's
+    repository.
+    """
+    weights, tokenizer = published_files(folder)
     context, shared = _text_settings(folder / CONFIG)
     found = read_tensors(weights, "BiomedCLIP's weights")
     text = {k: v for k, v in found.items() if k.startswith("text.")}

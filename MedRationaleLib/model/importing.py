@@ -18,7 +18,7 @@ from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import staged_folder
 from MedRationaleLib.hub import Repository
-from MedRationaleLib.model.biomedclip import TextWeights, read_biomedclip
+from MedRationaleLib.model.biomedclip import TextWeights, published_files, read_biomedclip
 from MedRationaleLib.model.checkpoint import save_checkpoint
 from MedRationaleLib.model.config import ModelConfig, medsam_biomedclip
 from MedRationaleLib.model.rationale_model import RationaleModel
@@ -77,6 +77,7 @@ def import_model(
     if problem := config.problem():
         raise InputError(f"Expected a model that can be built, got one where {problem}; choose other pixels.")
     check_new(out)
+    published_files(biomedclip)  # before a large file is read
     bank = ConceptBank.load()
     progress("medsam", 0.0)
     sam = read_sam(medsam, config)
