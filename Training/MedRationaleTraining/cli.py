@@ -57,7 +57,10 @@ All but `export`, `evaluate`, `score` and `speed` may be stopped at any moment: 
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of descriptions as they are."""
+    """Leaves the lines of descriptions as they are, and names types as people do."""
+
+    def _expand_help(self, action: Any) -> str:
+        return re.sub(r"<class '([\w.]+)'>", r"\1", super()._expand_help(action) or "")
 
 
 def build_parser() -> ArgumentParser:
@@ -210,7 +213,9 @@ def _prepare(given: Namespace, console: Console) -> None:
 def _fit_parser() -> ArgumentParser:
     parser = _parser(
         "Train a model. With the same `out` it goes on from the last checkpoint.\n"
-        "At the end the model folder is in OUT/model, with thresholds chosen on the validation set."
+        "At the end the model folder is in OUT/model, with thresholds chosen on the validation set. For example:\n"
+        "  medrationale-train fit --config Training/configs/compact.yaml --out runs/mine --optimizer.lr 1e-4",
+        usage="medrationale-train fit [--config FILE]... --train [SET,...] --out OUT [--NAME VALUE]...",
     )
     parser.add_argument("--config", action="config", help="YAML file, such as Training/configs/compact.yaml.")
     parser.add_class_arguments(FitConfig)
@@ -248,7 +253,10 @@ def _train(config: FitConfig, console: Console) -> None:
 
 
 def _resume_parser() -> ArgumentParser:
-    parser = _parser("Go on with a run that was stopped, with the settings that it was started with.")
+    parser = _parser(
+        "Go on with a run that was stopped, with the settings that it was started with.\n"
+        "  medrationale-train resume --run runs/compact"
+    )
     parser.add_argument("--run", type=Path, required=True, help="Folder of the run (`out` of fit).")
     parser.add_argument("--steps", type=int | None, default=None, help="Train to this step instead of the run's last.")
     return parser
@@ -273,7 +281,8 @@ def _resume(given: Namespace, console: Console) -> None:
 
 def _export_parser() -> ArgumentParser:
     parser = _parser(
-        "Write a model folder from a run: averaged weights in float16, concept embeddings, thresholds, model card."
+        "Write a model folder from a run: averaged weights in float16, concept embeddings, thresholds, model card.\n"
+        "  medrationale-train export --run runs/compact --out models/mine --calibrate data/synthetic/val"
     )
     parser.add_argument("--run", type=Path, required=True, help="Folder of the run (`out` of fit), finished or not.")
     parser.add_argument("--out", type=Path, required=True, help="Model folder to write.")
@@ -329,7 +338,8 @@ def _evaluate_parser() -> ArgumentParser:
         "  evidence    relevance mass accuracy, pointing game and overlap of heatmaps, similarity maps and Grad-CAM\n"
         "  rationales  right concepts by node, by slice and by patient, against answers from logits and from masks;\n"
         "              zone and PI-RADS category; how often mask and rationale contradict each other\n"
-        "Writes evaluation.json, evaluation.md, evidence_rma.svg and evidence_examples.svg."
+        "Writes evaluation.json, evaluation.md, evidence_rma.svg and evidence_examples.svg.\n"
+        "  medrationale-train evaluate --model runs/compact/model --data data/synthetic/test --out runs/compact/test"
     )
     parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
     parser.add_argument("--data", type=Path, required=True, help="Synthetic set, best of the test split.")
@@ -354,7 +364,8 @@ def _evaluate(given: Namespace, console: Console) -> None:
 def _score_parser() -> ArgumentParser:
     parser = _parser(
         "Compare a model with an expert's masks of real examinations: volume Dice of gland, PZ and TZ, lesions found.\n"
-        "A case is a folder with t2w, adc and dwi and gland.nii.gz, zones.nii.gz (1 PZ, 2 TZ), lesion.nii.gz."
+        "A case is a folder with t2w, adc and dwi and gland.nii.gz, zones.nii.gz (1 PZ, 2 TZ), lesion.nii.gz.\n"
+        "  medrationale-train score --model runs/compact/model --cases [cases/one,cases/two] --out runs/compact/real"
     )
     parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
     parser.add_argument("--cases", type=list[Path], required=True, help="Folders, as [one,two].")
@@ -375,7 +386,10 @@ def _ablate_parser() -> ArgumentParser:
         "Train and measure the model without constraints (none), with disentanglement only (disentangle), with all\n"
         "constraints (both), with these as fixed penalties (penalty), and without our own (paper), each with several\n"
         "seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and prints the table. Goes on where\n"
-        "it stopped: a run that is done is not repeated. Calls with other --only or --seeds may run side by side."
+        "it stopped: a run that is done is not repeated. Calls with other --only or --seeds may run side by side.\n"
+        "  medrationale-train ablate --config Training/configs/compact.yaml \\\n"
+        "      --config Training/configs/ablation.yaml --initial MODEL --test data/synthetic/test --cases 30",
+        usage="medrationale-train ablate [--config FILE]... --test SET --out OUT [--NAME VALUE]...",
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of one run, such as Training/configs/compact.yaml."
@@ -413,7 +427,8 @@ def _ablate(given: Namespace, console: Console) -> None:
 def _speed_parser() -> ArgumentParser:
     parser = _parser(
         "Time the making and the loading of examples in one process, and the training step of a configuration, also\n"
-        "with segment_anything's own attention. The examples are those of `train`, or phantoms where it is not there."
+        "with segment_anything's own attention. The examples are those of `train`, or phantoms where it is not there.",
+        usage="medrationale-train speed --config FILE [--NAME VALUE]...",
     )
     parser.add_argument("--config", action="config", help="YAML file, such as Training/configs/compact.yaml.")
     parser.add_argument("--examples", type=int, default=20, help="Stacks to load.")
