@@ -98,8 +98,12 @@ def array(image: sitk.Image | None) -> np.ndarray:
 def enhanced(
     volume: np.ndarray, number: int, frame_type: list[str], b_values: Sequence[float], shared: dict[str, Any]
 ) -> Dataset:
-    """An enhanced multi-frame dataset of one volume (n, rows, columns) per b-value, slices in falling order."""
-    ds = dataset(np.concatenate([volume] * len(b_values)), number, SOPClassUID=EnhancedMRImageStorage, **shared)
+    """An enhanced multi-frame dataset of one volume (n, rows, columns) per b-value, slices in falling order.
+
+    Each b-value has a 20th of the signal before it: of equal ones the ADC would be 0 but for the processor's rounding.
+    """
+    weighted = np.concatenate([volume // 20**i for i in range(len(b_values))])
+    ds = dataset(weighted, number, SOPClassUID=EnhancedMRImageStorage, **shared)
     ds.NumberOfFrames = len(volume) * len(b_values)
     common, orientation, measures = Dataset(), Dataset(), Dataset()
     orientation.ImageOrientationPatient = list(AXIAL)
