@@ -507,7 +507,7 @@ def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.25, 0.4))
     folder = export_run(Path(run.out), tmp_path / "model", calibrate_on=tiny_set)
     stored = load_checkpoint(folder).postprocessing
-    assert set(stored) == {"gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood"}
+    assert set(stored) == {"gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood", "presence_margin"}
     assert 0 < PostprocessingConfig(**stored).lesion_likelihood < 1
 
 
