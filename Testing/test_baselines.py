@@ -16,7 +16,7 @@ from MedRationaleTraining.baselines import BaselineTrainer, SegmentationBaseline
 from MedRationaleTraining.cli import main  # noqa: E402
 from MedRationaleTraining.data.synthetic import StoredExam, stored_exams  # noqa: E402
 from MedRationaleTraining.trainer import STATE, read_state  # noqa: E402
-from training_samples import tiny_run  # noqa: E402
+from training_samples import small_networks, tiny_run  # noqa: E402
 
 from MedRationaleLib.model.checkpoint import WEIGHTS  # noqa: E402
 
@@ -34,12 +34,13 @@ def test_a_baseline_sees_each_slice_alone_and_gives_masks_of_the_examples_size(n
 def test_a_baseline_is_trained_and_measured_by_the_same_commands(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One examination stands for three, and one threshold for many: the U-Net takes half a second a slice."""
+    """One examination stands for three, and one threshold for many."""
     one = tmp_path / "one"
     shutil.copytree(tiny_set, one)
     lesions = [p for p in stored_exams(one) if any(r.is_lesion for r in StoredExam.open(p).rationales)]
     for folder in set(stored_exams(one)) - {lesions[0]}:
         shutil.rmtree(folder)
+    small_networks(monkeypatch)
     monkeypatch.setattr("MedRationaleTraining.calibration.GLAND", (0.5,))
     monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.4,))
     run = tiny_run(tmp_path / "run", tiny_set, steps=2, save_every=1, baseline="unet", val=str(one), validation_cases=1)
@@ -58,7 +59,11 @@ def test_a_baseline_is_trained_and_measured_by_the_same_commands(
     assert "Expected the weights of a unet" in capsys.readouterr().err
 
 
-def test_a_stopped_baseline_goes_on_to_the_same_bits(tiny_set: Path, tmp_path: Path) -> None:
+def test_a_stopped_baseline_goes_on_to_the_same_bits(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_networks(monkeypatch)
+
     class Stopped(BaselineTrainer):
         def train_step(self, batch):
             if self.step == 1:

@@ -18,21 +18,26 @@ if any(find_spec(name) is None for name in ("lightning", "monai", "jsonargparse"
 from MedRationaleTraining import benchmark, training_cost  # noqa: E402
 from MedRationaleTraining.cli import _fit_config, _fit_parser, main  # noqa: E402
 from MedRationaleTraining.config import BenchmarkConfig  # noqa: E402
+from training_samples import small_networks  # noqa: E402
 
-SMALL = ("--pixels", "256", "--depth", "3", "--rounds", "1", "--compiled", "false", "--memory", "false")
+from MedRationaleLib.phantom import write_phantom  # noqa: E402
+
+SMALL = ("--pixels", "128", "--depth", "3", "--rounds", "1", "--compiled", "false", "--memory", "false")
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("benchmarks") / "made"
-    assert main(["benchmark", "--out", str(out), *SMALL]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        small_networks(patch)
+        assert main(["benchmark", "--out", str(out), *SMALL]) == 0
     assert (out / "cpu.svg").read_text(encoding="utf-8").count("<rect") == 1 + 3 + 4
     return json.loads((out / "cpu.json").read_text(encoding="utf-8"))
 
 
 def test_every_encoder_has_its_ratio_error_and_memory(record: dict) -> None:
     encoder = record["encoder"]
-    assert (encoder["pixels"], encoder["layers"], record["rounds"]) == (256, 3, 1)
+    assert (encoder["pixels"], encoder["layers"], record["rounds"]) == (128, 3, 1)
     stock = encoder["segment_anything"]["seconds"]["median"]
     for name in ("float32", "bf16", "int8"):
         row = encoder[name]
@@ -76,19 +81,21 @@ def test_a_benchmark_that_was_stopped_goes_on_with_what_it_has(tmp_path: Path, m
 
         return make
 
-    config = BenchmarkConfig(out=str(tmp_path), pixels=256, depth=3, rounds=1, study=False)
+    write_phantom(tmp_path / "case")
+    out = tmp_path / "out"
+    config = BenchmarkConfig(out=str(out), pixels=256, depth=3, rounds=1, study=False, case=str(tmp_path / "case"))
     monkeypatch.setattr(benchmark, "large_model", lambda _: None)
     monkeypatch.setattr(benchmark, "_encoder", measured("encoder", encoder))
     monkeypatch.setattr(benchmark, "_compact", measured("compact", KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         benchmark.measure(config)
-    assert [path.name for path in tmp_path.iterdir()] == ["cpu.part.json"]
+    assert [path.name for path in out.iterdir()] == ["cpu.part.json"]
     monkeypatch.setattr(benchmark, "_compact", measured("compact", {"predict_s": 2.0}))
     record = benchmark.measure(config)
     assert asked == ["encoder", "compact", "compact"] and record["encoder"] == encoder
-    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu.svg"}
+    assert {path.name for path in out.iterdir()} == {"cpu.json", "cpu.svg"}
     for code in (benchmark.commit, lambda: "another"):
-        (tmp_path / "cpu.json").rename(tmp_path / "cpu.part.json")
+        (out / "cpu.json").rename(out / "cpu.part.json")
         del asked[:]
         monkeypatch.setattr(benchmark, "commit", code)
         benchmark.measure(replace(config, rounds=2))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from MedRationaleTraining.config import FitConfig, SamplingConfig
 
 from MedRationaleLib.model.config import ModelConfig, TextConfig
@@ -43,3 +45,12 @@ def tiny_run(out: Path, data: Path, **changes: Any) -> FitConfig:
         accelerator="cpu",
     )
     return replace(config, **changes)
+
+
+def small_networks(patch: pytest.MonkeyPatch) -> None:
+    """MONAI's networks with few channels: theirs take half a second a slice."""
+    from monai.networks.nets import BasicUNet, SwinUNETR
+
+    networks = "MedRationaleTraining.baselines"
+    patch.setattr(f"{networks}.BasicUNet", partial(BasicUNet, features=(4, 4, 8, 8, 8, 4)))
+    patch.setattr(f"{networks}.SwinUNETR", lambda feature_size, **sizes: SwinUNETR(feature_size=12, **sizes))
