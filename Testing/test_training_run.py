@@ -509,6 +509,15 @@ def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     stored = load_checkpoint(folder).postprocessing
     assert set(stored) == {"gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood", "presence_margin"}
     assert 0 < PostprocessingConfig(**stored).lesion_likelihood < 1
+    # Chosen for a model folder, they are the same, and so are its weights.
+    assert main(["calibrate", "--model", str(folder), "--data", str(tiny_set), "--out", str(tmp_path / "again")]) == 0
+    again, before = load_checkpoint(tmp_path / "again"), load_checkpoint(folder)
+    assert again.postprocessing == stored and again.sha256 == before.sha256
+    assert again.training["calibration"] == before.training["calibration"]
+    assert (
+        main(["calibrate", "--model", str(folder), "--data", str(tmp_path / "no"), "--out", str(tmp_path / "x")]) == 2
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_run_without_a_description_is_exported_with_its_settings(

@@ -92,11 +92,13 @@ def calibrate(
 
     chosen = calibrate_masks(masks(), folder)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
-    return replace(
+    chosen = replace(
         chosen,
         presence_margin=margin_of(np.concatenate(nearer), chosen.lesion_slices),
         heat_thresholds={concept: THRESHOLDS[int(i)] for concept, i in best.items()},
     )
+    _logger.info("chosen on %s: %s", Path(folder).name, chosen.postprocessing)
+    return chosen
 
 
 def margin_of(nearer: np.ndarray, count: int) -> float:
@@ -169,7 +171,7 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
     floor = _best(scores, base.lesion_floor)
     f2 = {threshold: detections[floor].f2(threshold) for threshold in LIKELIHOODS}
     shown_from = _best(f2, base.lesion_likelihood)
-    chosen = Calibration(
+    return Calibration(
         gland_threshold=_best(mean_dice, base.gland_threshold),
         lesion_floor=floor,
         lesion_likelihood=shown_from,
@@ -179,8 +181,6 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
         lesion_score=scores,
         lesion_f2=f2,
     )
-    _logger.info("chosen on %s: %s", Path(folder).name, chosen.postprocessing)
-    return chosen
 
 
 def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:

@@ -1,4 +1,4 @@
-"""medrationale-train synthesize | prepare | fit | ablate | export | evaluate | score | speed | benchmark."""
+"""medrationale-train synthesize | prepare | fit | resume | ablate | export | calibrate | evaluate | score | ..."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ The paper's model, from `medrationale model import`, on four GPUs:
 How fast it is:
   medrationale-train speed --config Training/configs/compact.yaml
   medrationale-train benchmark --out Resources/Benchmarks
-All but `export`, `evaluate`, `score` and `speed` may be stopped at any moment: the same command goes on where it was
-(`resume --run runs/compact` does so without the settings)."""
+All but `export`, `calibrate`, `evaluate`, `score` and `speed` may be stopped at any moment: the same command goes on
+where it was (`resume --run runs/compact` does so without the settings)."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -331,6 +331,24 @@ def _export(given: Namespace, console: Console) -> None:
     console.print(f"The model is in {folder} ({size:.1f} MB)")
 
 
+def _calibrate_parser() -> ArgumentParser:
+    parser = _parser(
+        "Choose the thresholds of a model folder anew, on another validation set; its weights stay as they are.\n"
+        "  medrationale-train calibrate --model models/mine --data data/real/val --out models/calibrated"
+    )
+    parser.add_argument("--model", type=str, required=True, help="Name of a shipped model, or a model folder.")
+    parser.add_argument("--data", type=Path, required=True, help="Validation set.")
+    parser.add_argument("--out", type=Path, required=True, help="Model folder to write.")
+    parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many examinations.")
+    return parser
+
+
+def _calibrate(given: Namespace, console: Console) -> None:
+    from MedRationaleTraining.export import recalibrate
+
+    console.print(f"The model is in {recalibrate(given.model, given.data, given.out, cases=given.cases)}")
+
+
 def _evaluate_parser() -> ArgumentParser:
     parser = _parser(
         "Measure a model on a synthetic set, every figure with its 95 % bootstrap interval:\n"
@@ -503,6 +521,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
     "resume": (_resume_parser, "Go on with a run that was stopped."),
     "ablate": (_ablate_parser, "Measure what each constraint does."),
     "export": (_export_parser, "Write a model folder from a run."),
+    "calibrate": (_calibrate_parser, "Choose a model's thresholds on another validation set."),
     "evaluate": (_evaluate_parser, "Measure a model on a synthetic set."),
     "score": (_score_parser, "Compare a model with an expert's masks of real examinations."),
     "speed": (_speed_parser, "Time synthesis, loading and the training step."),
@@ -515,6 +534,7 @@ _RUN = {
     "resume": _resume,
     "ablate": _ablate,
     "export": _export,
+    "calibrate": _calibrate,
     "evaluate": _evaluate,
     "score": _score,
     "speed": _speed,

@@ -21,7 +21,7 @@ from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.postprocessing import PostprocessingConfig
 from MedRationaleTraining.calibration import calibrate
 from MedRationaleTraining.config import FitConfig
-from MedRationaleTraining.data.synthetic import describe_set
+from MedRationaleTraining.data.synthetic import describe_set, stored_exams
 from MedRationaleTraining.evaluation import markdown
 from MedRationaleTraining.fine_tuning import merge, prepare
 from MedRationaleTraining.phrases import all_phrases
@@ -101,6 +101,27 @@ def export_run(
     card = model_card(model, training, postprocessing, report, set_name, real)
     save_checkpoint(
         model, out, card=card, vocabulary=about["vocabulary"], postprocessing=postprocessing, training=training
+    )
+    return out
+
+
+def recalibrate(model: str | Path, data: str | Path, out: Path, *, cases: int | None = None) -> Path:
+    """Write the same weights to the folder `out`, with thresholds chosen on `data` or on the first `cases` of it.
+
+    Figures that were measured with other thresholds are left out of its card.
+    """
+    stored_exams(data, cases)
+    check_writable(out)
+    checkpoint = load_checkpoint(model, with_text=True)
+    chosen = calibrate(checkpoint.model, data, cases=cases)
+    training = {k: v for k, v in checkpoint.training.items() if k != "evaluation"} | {"calibration": asdict(chosen)}
+    save_checkpoint(
+        checkpoint.model,
+        out,
+        card=model_card(checkpoint.model, training, chosen.postprocessing, None, Path(data).name),
+        vocabulary=checkpoint.vocabulary,
+        postprocessing=chosen.postprocessing,
+        training=training,
     )
     return out
 
