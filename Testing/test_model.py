@@ -134,9 +134,14 @@ def test_folded_attention_gives_segment_anythings_values_and_gradients(
     assert_same_values_and_gradients(stock, FoldedAttention(12, 3, use_rel_pos=True, input_size=(6, 6)), shape)
 
 
+@pytest.mark.parametrize("few_tokens", [0, 1024], ids=["tiled", "in parts"])
 @pytest.mark.parametrize(("window", "shape"), [(3, (6, 6)), (4, (6, 6)), (3, (4, 5)), (0, (5, 5))])
-def test_a_block_gives_segment_anythings_values_and_gradients(window: int, shape: tuple[int, int]) -> None:
-    """Whole windows, windows that reach beyond the edge, and none."""
+def test_a_block_gives_segment_anythings_values_and_gradients(
+    window: int, shape: tuple[int, int], few_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole windows, windows that reach beyond the edge, and none; without gradients a few rows at a time."""
+    for name, value in (("FEW_TOKENS", few_tokens), ("TILE", 4), ("PART", 100)):
+        monkeypatch.setattr(f"MedRationaleLib.model.attention.{name}", value)
     stock = sam_modeling().image_encoder.Block(
         12, 3, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=window, input_size=(5, 5)
     )
@@ -153,6 +158,8 @@ def assert_same_values_and_gradients(stock: torch.nn.Module, ours: torch.nn.Modu
     x = torch.randn(2, *shape, 12, dtype=torch.float64)
     outputs = [layer(x) for layer in (stock, ours)]
     assert torch.allclose(*outputs, atol=1e-12)
+    with torch.inference_mode():
+        assert torch.allclose(ours(x), outputs[0], atol=1e-12)
     for output in outputs:
         output.square().sum().backward()
     for (name, a), b in zip(stock.named_parameters(), ours.parameters(), strict=True):
