@@ -39,8 +39,9 @@ demo: install
 	$(BIN)/medrationale phantom --out $(DEMO)/phantom
 	$(BIN)/medrationale predict --case $(DEMO)/phantom --out $(DEMO)/report
 
+# A file of tests has a process to itself; each process holds some GB.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

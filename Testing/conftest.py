@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
 from panel_fixtures import drawn, module_folder, panel, play, run, volumes  # noqa: F401  found here by pytest
 from slicer_fixtures import (  # noqa: F401  found here by pytest
     dialogs,
