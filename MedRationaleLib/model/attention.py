@@ -60,9 +60,9 @@ class FoldedAttention(_sam.Attention):  # type: ignore[name-defined]
         """Three of (windows, heads, tokens, d) -> the same shape."""
         h, w = side
         grid = q.unflatten(2, side)
-        by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, _sam.get_rel_pos(h, h, self.rel_pos_h).to(q.dtype)).flatten(2, 3)
-        by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, _sam.get_rel_pos(w, w, self.rel_pos_w).to(q.dtype))
-        by_column = by_column.flatten(2, 3)
+        rel_h, rel_w = (_sam.get_rel_pos(n, n, r).to(q.dtype) for n, r in ((h, self.rel_pos_h), (w, self.rel_pos_w)))
+        by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, rel_h).flatten(2, 3)
+        by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, rel_w).flatten(2, 3)
         if h * w > FEW_TOKENS and _on_cpu_for_good(q) and not _fused_wins(q):
             return _tiled(q * self.scale, k, v, by_row, by_column)
         q = torch.cat([q * self.scale, by_row, by_column], -1)
@@ -81,7 +81,7 @@ def _on_cpu_for_good(x: Tensor) -> bool:
 
 
 def _in_parts(function: Callable[..., Tensor], given: tuple[Tensor, ...], width: int) -> Tensor:
-    """function(*given), a few rows of the first dimension at a time where that is faster; a row takes `width` values."""
+    """function(*given), a few rows at a time where that is faster; each takes `width` values in between."""
     rows = max(1, PART // width)
     if len(given[0]) <= rows or not _on_cpu_for_good(given[0]):
         return function(*given)
@@ -97,9 +97,9 @@ def _fused_wins(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _tiled(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """softmax(q k^T + r_h + r_w) v for a head and TILE queries at a time, so that what is in between stays in the cache.
+    """softmax(q k^T + r_h + r_w) v for a head and TILE queries at a time, so that all stays in the cache.
 
     A compiler would unroll the loops; it leaves them as they are.
 
