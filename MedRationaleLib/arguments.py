@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group = sub.add_argument_group("result")
     group.add_argument(
-        "--out", type=Path, required=True, metavar="DIR",
+        "--out", type=_folder, required=True, metavar="DIR",
         help="folder for the results; files of an earlier run in it are replaced, other files never",
     )  # fmt: skip
     group.add_argument(
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input", type=Path, required=True, metavar="PATH", help="folder of examinations, or a manifest.csv"
     )
     sub.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the results; one batch at a time"
+        "--output", type=_folder, required=True, metavar="DIR", help="folder for the results; one batch at a time"
     )
     sub.add_argument(
         "--resume", action="store_true",
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sub)
 
     sub = command("phantom", "write a synthetic examination to try the programme on")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images and the truth")
+    sub.add_argument("--out", type=_folder, required=True, metavar="DIR", help="folder for the images and the truth")
     sub.add_argument("--seed", type=_natural, default=0, metavar="N", help="another number, another patient (0)")
     sub.add_argument("--quiet", action="store_true", help="print nothing")
 
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with open_clip_config.json, open_clip_pytorch_model.bin and the tokenizer's files; "
         "or hub, which fetches them (0.8 GB) from huggingface.co",
     )  # fmt: skip
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the model")
+    sub.add_argument("--out", type=_folder, required=True, metavar="DIR", help="new folder for the model")
     sub.add_argument(
         "--pixels", type=_natural, default=1024, metavar="N",
         help="input size, a multiple of 16; positions are interpolated for others than the file's (1024)",
@@ -181,6 +181,12 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         "--decision-tree", default="pirads_v2_1", choices=("pirads_v2_1", "paper_appendix_c"),
         help="PI-RADS v2.1 (default), or the tree that the paper prints",
     )  # fmt: skip
+
+
+def _folder(text: str) -> Path:
+    if text.strip():
+        return Path(text)
+    raise argparse.ArgumentTypeError("expected a folder, got an empty name")
 
 
 def _positive(text: str) -> float:

@@ -112,6 +112,7 @@ class Batch:
             "medrationale": __version__,
             "weights_sha256": self.predictor.checkpoint.sha256,
             "postprocessing": plain(self.predictor.postprocessing),
+            **self.predictor.settings,
             "retrieval": self.retrieval,
             "decision_tree": self.decision_tree,
             "inputs": source.fingerprint(),
@@ -156,6 +157,8 @@ class Batch:
         except Exception as error:  # noqa: BLE001 - whatever it is, the other examinations do not suffer from it
             log.info("%s", source.id, exc_info=True)
             sentence = str(error) if isinstance(error, InputError) else explain(error)[0]
+            if written_files(folder):
+                sentence += f" The results in {folder} are those of an earlier run."
             seconds = round(time.perf_counter() - started, 1)
             return [Row(id=source.id, status="failed", error=" ".join(sentence.split()), seconds=seconds)]
 

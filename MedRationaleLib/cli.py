@@ -34,6 +34,8 @@ class Assessor(Protocol):
     checkpoint: Any
     """Its `sha256` tells models apart."""
     postprocessing: Any
+    settings: dict[str, Any]
+    """How it computes, as far as that changes results."""
 
     def assess(
         self,
@@ -81,10 +83,12 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
 def predict(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) -> int:
     """Study in, Assessment out, written to a folder and summed up on stdout."""
     _check_arguments(args)
+    _check_model(args, load)
     from MedRationaleLib.console import console_for, show_profile, show_stages, summarise
     from MedRationaleLib.files import check_writable, written_files
+    from MedRationaleLib.output import RESULT_FILES, write_results
 
-    check_writable(args.out)
+    check_writable(args.out, RESULT_FILES)
     with show_stages(args.quiet) as stages:
         stages("read", 0.0)
         study = _read_study(args)
@@ -103,8 +107,6 @@ def predict(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) 
             dce=args.dce.replace("-", " "),
         )
         stages("write", 0.0)
-        from MedRationaleLib.output import write_results
-
         timings = {
             name: round(stages.seconds[name], 3) for name in ("read", "import", "load") if name in stages.seconds
         }
@@ -125,6 +127,7 @@ def predict(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) 
 
 def batch(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) -> int:
     """Studies in, a folder with the results of each and one summary out; exit code 1 where one of them failed."""
+    _check_model(args, load)
     from MedRationaleLib.batch import Batch, Summary
     from MedRationaleLib.batch_input import find_studies
     from MedRationaleLib.console import show_stages
@@ -205,6 +208,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             "Expected --b-value with image files, got it with --dicom, whose tags hold the b-value; leave it out."
         )
+
+
+def _check_model(args: argparse.Namespace, load: Loader | None) -> None:
+    """Refuse a name that is no model's before anything is read."""
+    if load is None:
+        from MedRationaleLib.model_folders import model_folder
+
+        model_folder(args.model)
 
 
 def _read_study(args: argparse.Namespace) -> Study:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,9 +61,7 @@ def staged_folder(folder: str | Path) -> Iterator[Path]:
     its manifest.json are replaced or removed; a foreign file of the same name is refused before anything is written.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Expected an output folder, got the file {folder}: choose another name.")
-    home = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    home = _home(folder)
     with _reported(folder):
         stage = Path(tempfile.mkdtemp(prefix=".medrationale-", dir=home))
         try:
@@ -78,14 +76,21 @@ def staged_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise InputError if `staged_folder(folder)` could not write there: asked before the long work, not after it."""
+def check_writable(folder: str | Path, names: Collection[str] = (MANIFEST,)) -> None:
+    """Raise InputError if `staged_folder(folder)` could not write files of these names there: asked before the long
+    work, not after it."""
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Expected an output folder, got the file {folder}: choose another name.")
-    home = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    with _reported(folder), tempfile.TemporaryDirectory(prefix=".medrationale-", dir=home):
-        _refuse_foreign(folder, {MANIFEST}, written_files(folder))
+    with _reported(folder), tempfile.TemporaryDirectory(prefix=".medrationale-", dir=_home(folder)):
+        _refuse_foreign(folder, set(names), written_files(folder))
+
+
+def _home(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists; refuses a file in either place."""
+    home = next(path for path in (folder, *folder.parents) if path.exists())
+    if not home.is_dir():
+        got = f"the file {folder}" if home == folder else f"{folder} below the file {home}"
+        raise InputError(f"Expected an output folder, got {got}: choose another name.")
+    return home
 
 
 def written_files(folder: Path) -> set[str]:

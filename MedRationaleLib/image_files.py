@@ -84,7 +84,10 @@ def read_image(path: str | Path, name: str) -> tuple[sitk.Image, str]:
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{name}: expected an image file, got the folder {path}; give a DICOM folder with --dicom.")
+        raise InputError(
+            f"{name}: expected an image file, got the folder {path}; give a DICOM folder with --dicom, or in a table's "
+            "column dicom."
+        )
     if not path.is_file():
         raise InputError(f"{name}: expected an image file, got {path}, which does not exist; check the path.")
     try:
@@ -193,6 +196,10 @@ def _check_finite(values: np.ndarray, name: str) -> None:
         )
 
 
+LABELS, LOOKED_AT = 8, 200_000
+"""Different values of a map of labels, at most, and how many of its voxels are looked at."""
+
+
 def check_volume(image: sitk.Image, name: str) -> None:
     """Refuse a 3-D float32 image with an absurd geometry, with values that are not finite, or without contrast."""
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
@@ -216,6 +223,12 @@ def check_volume(image: sitk.Image, name: str) -> None:
         )
     values = sitk.GetArrayViewFromImage(image)
     _check_finite(values, name)
+    some = values.reshape(-1)[:: max(1, values.size // LOOKED_AT)]
+    if values.min() < values.max() and len(np.unique(some)) <= LABELS:
+        raise InputError(
+            f"{name}: expected an image, got one of at most {LABELS} different values, which looks like a mask or a "
+            "map of labels; check that the right file was given."
+        )
     if values.min() == values.max():
         raise InputError(
             f"{name}: expected an image with contrast, got the constant value {values.min():g} in every voxel; check "

@@ -98,6 +98,11 @@ class Predictor:
         """Where the network runs: the CPU, too, when the memory of a GPU did not suffice."""
         return self.network.device
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it computes, as far as that changes more than the last digits."""
+        return {"precision": self.network.computes_in, "all_slices": self.all_slices}
+
     @classmethod
     def load(
         cls,
@@ -294,7 +299,7 @@ class Predictor:
         else:
             values = region_similarity(prediction.similarity, weights)
         similarity = dict(zip(self.model.concepts, (float(v) for v in values), strict=True))
-        answering = LesionAnswers(lesion, similarity, tree, missing=study.missing, dce=dce)
+        answering = LesionAnswers(lesion, similarity, tree, missing=_not_imaged(lesion, masks, study), dce=dce)
         walk = tree.walk(answering)
         return Finding(
             id=f"lesion-{lesion.label}",
@@ -379,12 +384,13 @@ class Predictor:
             | {p: metadata.version(p) for p in packages},
             "platform": platform.platform(),
             "device": self.device,
-            "precision": self.network.precision,
+            **self.settings,
             "model": {
                 "name": self.model.config.name,
                 "sha256": self.checkpoint.sha256,
                 "postprocessing": vars(self.postprocessing),
             },
+            "inputs": {name: {"path": s.path, "sha256": s.sha256} for name, s in study.provenance.items()},
             "decision_tree": tree.id,
             "retrieval": retrieval,
             "timings_s": clock.seconds,
@@ -396,6 +402,14 @@ def _rounded(point: tuple[float, float, float]) -> tuple[float, float, float]:
     """To 0.01 mm."""
     x, y, z = (round(v, 2) for v in point)
     return x, y, z
+
+
+def _not_imaged(lesion: LesionMeasurement, masks: Masks, study: Study) -> tuple[str, ...]:
+    """ADC and DWI as far as the Study lacks them, or they have no data in most of this lesion."""
+    array = sitk.GetArrayViewFromImage
+    here = array(masks.lesions) == lesion.label
+    dark = tuple(name for name, valid in study.valid.items() if array(valid)[here].mean() < 0.5)
+    return (*study.missing, *dark)
 
 
 def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, tuple[float, float]]:

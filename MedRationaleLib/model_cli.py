@@ -70,6 +70,8 @@ def info(args: argparse.Namespace) -> int:
     console.print(Text(settings.model.name, "bold"))
     if settings.warning:
         console.print(Text(f"Warning: {settings.warning}", "yellow"), soft_wrap=True)
+    if problem := inspect_model(folder).problem:
+        console.print(Text(problem, "red"), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, value in (*_architecture(settings), *_provenance(settings)):
         table.add_row(Text(what, "dim"), value)
@@ -77,7 +79,7 @@ def info(args: argparse.Namespace) -> int:
     figures = _first_table(card_section(folder, "Figures"))
     console.print(Text(f"\nFigures ({CARD} has them all)" if figures else f"\nNo figures in {CARD}", "bold"))
     console.print(Markdown(figures))
-    return 0
+    return 2 if problem else 0
 
 
 def verify_model(args: argparse.Namespace) -> int:
@@ -95,7 +97,9 @@ def verify_model(args: argparse.Namespace) -> int:
         console.print(Text(f"{check.name:<14}"), Text(f"{word:<12}", colour), Text(check.detail), soft_wrap=True)
     failed = [check.name for check in checks if check.passed is False]
     if failed:
-        sys.stderr.write(f"medrationale: {folder} failed {', '.join(failed)}; restore the folder, or import it anew.\n")
+        sys.stderr.write(
+            f"medrationale: {folder} failed {', '.join(failed)}; restore the folder, or import or export it anew.\n"
+        )
     return 2 if failed else 0
 
 

@@ -91,6 +91,13 @@ class Network:
         self.model = faster(model, device, precision, compiled=compiled)
 
     @property
+    def computes_in(self) -> str:
+        """The precision that "auto" is on its device."""
+        from MedRationaleLib.model.precision import uses_bf16
+
+        return "bfloat16" if uses_bf16(self.device, self.precision) else self.precision.replace("auto", "float32")
+
+    @property
     def by_slice(self) -> bool:
         """Whether each slice is looked at by itself, without its neighbours."""
         return not self.model.config.axial_every

@@ -23,6 +23,8 @@ from MedRationaleLib.serialization import (
 )
 
 REPORT_FILE = "report.html"
+RESULT_FILES = (ASSESSMENT_FILE, SEGMENTATION_FILE, REPORT_FILE, MANIFEST)
+"""Those of every result; heatmaps come on top."""
 EVIDENCE_STEP = 1 / 256
 """Heatmaps are written in steps of this: exact in float32, a third of the size, and finer than anything they mean."""
 
@@ -51,7 +53,7 @@ def write_results(assessment: Assessment, folder: str | Path) -> OutputPaths:
     validate(record, ASSESSMENT_FILE)
     report = build_report(assessment)
     evidence = record["evidence"]
-    files = [ASSESSMENT_FILE, SEGMENTATION_FILE, REPORT_FILE, MANIFEST, *evidence.values()]
+    files = [*RESULT_FILES, *evidence.values()]
     with staged_folder(folder) as stage:
         (stage / ASSESSMENT_FILE).write_text(text, encoding="utf-8")
         (stage / REPORT_FILE).write_text(report, encoding="utf-8")

@@ -27,8 +27,8 @@ class LesionAnswers:
         missing: Collection[str] = (),
         dce: Dce = "not available",
     ) -> None:
-        """`similarity`: concept id -> cosine similarity with the lesion; `missing`: sequences that the Study lacks;
-        `dce`: what a reader saw of contrast enhancement."""
+        """`similarity`: concept id -> cosine similarity with the lesion; `missing`: sequences that do not show
+        it; `dce`: what a reader saw of contrast enhancement."""
         self.steps: list[RationaleStep] = []
         self.contradictions: list[str] = []
         self._lesion, self._similarity, self._tree = lesion, similarity, tree

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import jinja2
@@ -163,7 +164,10 @@ def not_shown(candidates: Sequence[UnshownCandidate], manifest: Mapping[str, Any
     model = manifest.get("model")
     settings = model.get("postprocessing") if isinstance(model, Mapping) else None
     limit = f" of {settings['lesion_likelihood']:.2f}" if settings else ""
-    told = ", ".join(f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({c.likelihood:.2f})" for c in candidates)
+    told = ", ".join(
+        f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({floor(100 * c.likelihood) / 100:.2f})"
+        for c in candidates
+    )
     return f"Below the likelihood{limit} from which findings are shown: {told}."
 
 

@@ -159,8 +159,12 @@ class Study:
             raise InputError(f"Case: expected a folder, got {folder}, which is no folder; check the path.")
         files = sorted(path for path in folder.iterdir() if path.is_file())
         if not files:
+            inside = sorted(path.name for path in folder.iterdir())
             raise InputError(
-                f"Case: expected a folder with image files, got the empty folder {folder}; check the path."
+                f"Case: expected a folder with image files, got {folder} with only the folders "
+                f"{', '.join(inside[:4])} in it; name one of them, or read a DICOM folder with --dicom."
+                if inside
+                else f"Case: expected a folder with image files, got the empty folder {folder}; check the path."
             )
         stems = [
             (path, match[1].lower())
@@ -265,7 +269,7 @@ class Study:
         missing = tuple(name for name in ("adc", "dwi") if name not in images)
         if missing:
             what = " and ".join(NAMES[name] for name in missing)
-            notes.append(f"{what} missing: {WEAKENED[missing]}.")
+            notes.append(f"{what} missing: {WEAKENED[missing]}. Which lesions are found changes with it, too.")
         swapped = len(missing) == 0 and looks_swapped(images["adc"], images["dwi"])
         if swapped:
             notes.append(
@@ -283,7 +287,7 @@ class Study:
             if b_value is None:
                 notes.append(
                     f"The b-value of the DWI is not known, so nothing says whether it reaches the {MIN_B:g} s/mm² that "
-                    "are expected."
+                    "are expected; give it with --b-value, or in a table's column b_value."
                 )
             elif b_value < MIN_B:
                 notes.append(
@@ -352,7 +356,7 @@ def _onto(image: sitk.Image, t2w: sitk.Image, name: str) -> tuple[sitk.Image, si
     words = " x ".join(f"{side:g}" for side in GLAND_BOX_MM)
     remark = (
         f"The {name} covers only {100 * box:.0f} % of the central {words} mm of the T2W, where the gland is expected: "
-        "answers beyond it rest on the other sequences."
+        "answers beyond it rest on the other sequences; check that both are of the same examination."
     )
     linear = sitk.Resample(image, t2w, identity, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
     return linear, valid, [remark] if box < 0.9 else []

@@ -12,14 +12,26 @@ import yaml
 pytest.importorskip("torch")
 
 import MedRationaleTraining.ablation as ablation  # noqa: E402
-from MedRationaleTraining.ablation import ARMS, FIGURES, METRICS, ablate, arms, table, violations  # noqa: E402
+from MedRationaleTraining.ablation import (  # noqa: E402
+    ARMS,
+    FIGURES,
+    METRICS,
+    OTHER_SEED,
+    ablate,
+    arms,
+    table,
+    violations,
+)
 from MedRationaleTraining.cli import main  # noqa: E402
 from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
+from MedRationaleTraining.data.stacks import StackDataset, whole_exam  # noqa: E402
+from MedRationaleTraining.data.synthetic import StoredExam, stored_exams  # noqa: E402
 from training_samples import tiny_run  # noqa: E402
 
 from MedRationaleLib.errors import InputError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+FEW = 3
 SETTINGS = ROOT / "Training" / "configs" / "ablations"
 
 
@@ -28,6 +40,7 @@ def few_thresholds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("MedRationaleTraining.calibration.GLAND", (0.5,))
         patch.setattr("MedRationaleTraining.calibration.FLOORS", (0.4,))
+        patch.setattr(ablation, "STACKS", FEW)
         yield
 
 
@@ -61,7 +74,9 @@ def test_every_arm_is_measured_alike_and_the_record_says_how(record, config) -> 
     for rows in record["ablation"].values():
         assert list(rows) == list(FIGURES)
         assert all(len(row["per_seed"]) == 2 for row in rows.values())
-        assert rows["max_violation"]["mean"] > 0  # two steps from random weights hold no constraint
+        assert (
+            rows["max_violation"]["mean"] > 0 and rows["max_violation_test"]["mean"] > 0
+        )  # two steps from random weights hold no constraint
         low, high = rows["gland_dice"]["ci95"]
         assert low <= rows["gland_dice"]["mean"] <= high
 
@@ -77,23 +92,33 @@ def test_what_is_done_is_not_done_again(record, config, tiny_set: Path, monkeypa
 
 def test_violations_are_those_of_the_largest_constraint_and_never_negative(record, config, tiny_set: Path) -> None:
     model = Path(config.out) / "both" / "seed0" / "model"
-    found = violations(model, tiny_set, arms(SETTINGS, config.constraints)["both"], cases=1)
+    stacks = [whole_exam(StoredExam.open(folder)) for folder in stored_exams(tiny_set, 1)]
+    found = violations(model, stacks, arms(SETTINGS, config.constraints)["both"])
     assert any(name.startswith("contain") for name in found)  # that of arms that were not trained with it, too
     assert min(found.values()) >= 0
-    assert record["ablation"]["both"]["max_violation"]["per_seed"][0] == pytest.approx(max(found.values()))
-    loose = violations(model, tiny_set, ConstraintConfig(localise_share=50.0, disentangle=False), cases=1)
+    assert record["ablation"]["both"]["max_violation_test"]["per_seed"][0] == pytest.approx(max(found.values()))
+    loose = violations(model, stacks, ConstraintConfig(localise_share=50.0, disentangle=False))
     assert all(loose[name] <= found[name] for name in loose)
 
 
 def test_an_arm_without_a_constraint_is_measured_with_it(record, config, tiny_set: Path) -> None:
     model = Path(config.out) / "paper" / "seed0" / "model"
-    found = violations(model, tiny_set, arms(SETTINGS, config.constraints)["both"], cases=1)
-    assert record["ablation"]["paper"]["max_violation"]["per_seed"][0] == pytest.approx(max(found.values()))
+    ours = arms(SETTINGS, config.constraints)["both"]
+    drawn = StackDataset(config.train, config.sampling, length=FEW, seed=OTHER_SEED)
+    trained, tested = (
+        [drawn[i] for i in range(FEW)],
+        [whole_exam(StoredExam.open(f)) for f in stored_exams(tiny_set, 1)],
+    )
+    for figure, stacks in (("max_violation", trained), ("max_violation_test", tested)):
+        found = violations(model, stacks, ours)
+        assert record["ablation"]["paper"][figure]["per_seed"][0] == pytest.approx(max(found.values()))
 
 
 def test_the_table_has_a_row_for_each_arm(record) -> None:
     lines = table(record).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(ARMS.values())
+    most = record["ablation"]["both"]["max_violation"]["per_seed"]
+    assert f"(up to {max(most):.3f})" in lines[4]  # no interval that would reach below 0
 
 
 def test_some_arms_alone_are_measured_as_in_the_whole(record, config, tiny_set: Path) -> None:

@@ -475,11 +475,21 @@ def test_resume_does_again_what_is_not_the_same_any_more(change, one, tmp_path):
 
 def test_resume_does_again_what_another_model_or_other_settings_of_it_did(one, tmp_path):
     assert batch(one, tmp_path / "out") == 0
-    retrained, tuned = Model(), Model()
+    retrained, tuned, rounded = Model(), Model(), Model()
     retrained.checkpoint.sha256, tuned.postprocessing = "1" * 64, {"lesion_threshold": 0.4}
-    for model in (retrained, tuned):
+    rounded.settings = {"precision": "int8", "all_slices": False}
+    for model in (retrained, tuned, rounded):
         assert batch(one, tmp_path / "out", "--resume", model=model) == 0
         assert model.seen == ["b"]
+
+
+def test_a_result_that_a_failure_left_behind_is_called_an_earlier_runs(one, tmp_path):
+    assert batch(one, tmp_path / "out") == 0
+    assert batch(one, tmp_path / "out", model=Model(b=MemoryError())) == 1
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["status"] == "failed" and "those of an earlier run" in row["error"]
+    assert (tmp_path / "out" / "b" / "report.html").exists()
 
 
 def test_resume_tries_again_what_failed_and_another_b_value_counts(three, tmp_path):

@@ -40,6 +40,7 @@ class FakePredictor:
         self.fault = fault
         self.asked = SimpleNamespace()
         self.checkpoint, self.postprocessing = SimpleNamespace(sha256="0" * 64), None
+        self.settings: dict[str, object] = {"precision": "float32", "all_slices": False}
 
     def load(self, name: str, *, device: str, **how: object) -> FakePredictor:
         self.asked.model, self.asked.device = name, device
@@ -343,6 +344,28 @@ def test_foreign_results_in_the_output_folder_are_refused_before_anything_is_rea
     (tmp_path / files.MANIFEST).write_text("{}")
     assert predict("--case", case / "nothing", "--out", tmp_path) == 2
     assert "not from MedRationale" in sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["report.html", "assessment.json"])
+def test_a_foreign_file_of_any_result_is_refused_before_anything_is_read(name, case, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    assert predict("--case", case / "nothing", "--out", tmp_path) == 2
+    assert f"write {name}" in sentence(capsys.readouterr().err)
+
+
+def test_a_file_above_the_output_folder_and_an_empty_name_are_refused(case, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert predict("--case", case / "nothing", "--out", tmp_path / "file" / "deep" / "er") == 2
+    assert f"below the file {tmp_path / 'file'}" in sentence(capsys.readouterr().err)
+    assert predict("--case", case, "--out", "") == 2
+    assert "an empty name" in sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["predict", "batch"])
+def test_a_model_that_is_not_there_is_refused_before_anything_is_read(command, case, tmp_path, capsys):
+    where = ["--case", case / "nothing", "--out"] if command == "predict" else ["--input", case.parent, "--output"]
+    assert main([command, *map(str, where), str(tmp_path / "o"), "--model", "compakt"]) == 2
+    assert "model list" in sentence(capsys.readouterr().err)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the limit on file sizes that stands in for a full disk is POSIX")

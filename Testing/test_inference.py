@@ -263,6 +263,31 @@ def test_a_missing_sequence_is_allowed_and_weakens_the_answers_that_rest_on_it(p
         assert weak == set(missing)
 
 
+def test_a_sequence_without_data_in_a_lesion_weakens_its_answers_as_a_missing_one_does(predictor, phantom):
+    stored = images(phantom)
+    adc = sitk.DICOMOrient(stored["adc"], "LPS")
+    away = [0, 0, 0]
+    away[2] = adc.GetSize()[2] - 4  # what is left reaches no lesion
+    top = sitk.RegionOfInterest(adc, (*adc.GetSize()[:2], 4), away)
+    assessment = predictor.assess(Study.from_images(**(stored | {"adc": top})))
+    assert any("check that both are of the same examination" in w for w in assessment.warnings)
+    assert assessment.findings
+    for finding in assessment.findings:
+        assert {s for step in finding.rationale for s in step.weakened_by} == {"adc"}
+        step = next(s for s in finding.rationale if s.node == "adc_signal")
+        assert "not imaged" in step.text and step.evidence is None
+
+
+def test_the_manifest_says_what_was_read_and_what_it_was_computed_in(predictor, assessed, phantom):
+    manifest = assessed.manifest
+    assert manifest["precision"] in ("float32", "bfloat16") and manifest["all_slices"] is False
+    assert {n: i["sha256"] for n, i in manifest["inputs"].items()} == {
+        n: s.sha256 for n, s in phantom.provenance.items()
+    }
+    exact = Predictor(predictor.checkpoint, predictor.device, predictor.postprocessing, precision="float32")
+    assert exact.settings["precision"] == "float32"
+
+
 def padded(image, mm):
     """More field of view to the patient's left, so that the crop at the centre shows less of the gland or none."""
     image = sitk.DICOMOrient(image, "LPS")

@@ -186,6 +186,12 @@ def test_info_tells_sizes_provenance_terms_and_the_first_figures(
     assert "margin" not in told
 
 
+def test_info_of_damaged_weights_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+    assert main(["model", "info", str(folder)]) == 2
+    assert "copy the folder" in capsys.readouterr().out
+
+
 def test_info_of_the_shipped_model_tells_the_runs_before(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "info", "compact"]) == 0
     told = capsys.readouterr().out

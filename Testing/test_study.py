@@ -156,6 +156,19 @@ def test_a_negative_or_missing_spacing_in_a_nifti_is_refused(tmp_path, value):
     refused("spacing", t2w=zipped)
 
 
+@pytest.mark.parametrize("name", ["t2w", "adc", "dwi"])
+def test_a_map_of_labels_is_no_image(name, tmp_path):
+    given = {"t2w": volume(), "adc": adc_map(), "dwi": volume(40.0, seed=1)}
+    given[name] = volume(np.random.default_rng(0).integers(0, 4, SIZE[::-1]))
+    refused("a map of labels", **{n: save(image, tmp_path / f"{n}.nii.gz") for n, image in given.items()})
+
+
+def test_a_case_folder_with_only_folders_names_them(tmp_path):
+    (tmp_path / "case" / "1_t2").mkdir(parents=True)
+    with pytest.raises(InputError, match="1_t2 in it; name one of them, or read a DICOM folder"):
+        Study.from_case(tmp_path / "case")
+
+
 def test_an_image_of_a_few_millimetres_is_refused(tmp_path):
     refused("imaged block", t2w=save(volume(spacing=(0.1, 0.1, 0.2)), tmp_path / "t2w.nii.gz"))
 

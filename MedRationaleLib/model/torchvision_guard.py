@@ -53,7 +53,9 @@ def ensure_torchvision() -> Literal["native", "declared"]:
     _libraries.append(library)
     import torchvision  # noqa: F401
 
-    _logger.info("torchvision's native library does not fit torch %s; its operators are unavailable", torch.__version__)
+    _logger.debug(
+        "torchvision's native library does not fit torch %s; its operators are unavailable", torch.__version__
+    )
     return "declared"
 
 

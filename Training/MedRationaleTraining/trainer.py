@@ -419,17 +419,17 @@ def _fabric(config: FitConfig) -> Fabric:
     def made(precision: str) -> Fabric:
         # f_txt is trained now and then only, and the concept embeddings are the same in all processes.
         strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if here * nodes > 1 else "auto"
-        fabric = Fabric(
+        return Fabric(
             accelerator=config.accelerator, devices=here, num_nodes=nodes, strategy=strategy, precision=precision
         )  # type: ignore[arg-type]
-        fabric.launch()
-        return fabric
 
     try:
-        fabric = made(config.precision)
+        fabric = made("32-true")
         if config.precision == "bf16-mixed" and not bf16_in_hardware(fabric.device):
             _logger.warning("%s has no bfloat16 in hardware: training in float32", fabric.device)
-            fabric = made("32-true")
+        elif config.precision != "32-true":
+            fabric = made(config.precision)
+        fabric.launch()
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(
             f"Expected an accelerator that is there, got '{config.accelerator}' ({_first_line(error)}); "
