@@ -145,7 +145,7 @@ for limit in (0, 300, 30000):
 """
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, str(tmp_path)], cwd=root, capture_output=True, encoding="utf-8", timeout=120
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "" and run.stderr.count("nothing was left there") == 3

@@ -254,7 +254,7 @@ def test_inference_imports_no_text_stack_and_no_compiler(folder: Path) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment, timeout=300, check=False
     )
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -219,7 +219,7 @@ def test_list_and_info_do_without_torch(folder: Path) -> None:
         f"sys.exit(main(['model', 'list', {str(folder)!r}]) + main(['model', 'info', {str(folder)!r}]))"
     )
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -20,7 +20,7 @@ def run(code: str, *first_on_path: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter with the given folders first on its path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*first_on_path, ROOT]))}
     command = [sys.executable, "-c", GUARD + code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300, check=False)
 
 
 @pytest.fixture
