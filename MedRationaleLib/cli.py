@@ -34,8 +34,9 @@ class Assessor(Protocol):
     checkpoint: Any
     """Its `sha256` tells models apart."""
     postprocessing: Any
-    settings: dict[str, Any]
-    """How it computes, as far as that changes results."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it computes, as far as that changes results."""
 
     def assess(
         self,
