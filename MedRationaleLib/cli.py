@@ -34,6 +34,7 @@ class Assessor(Protocol):
     checkpoint: Any
     """Its `sha256` tells models apart."""
     postprocessing: Any
+
     @property
     def settings(self) -> dict[str, Any]:
         """How it computes, as far as that changes results."""
