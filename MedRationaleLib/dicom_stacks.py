@@ -143,7 +143,7 @@ def scan(folder: str | Path) -> tuple[list[Stack], list[str]]:
     if not frames:
         bad = f", {len(skipped)} of them unreadable" if skipped else ""
         raise InputError(
-            f"DICOM: expected MR images in {folder}, got {len(paths)} files, none such{bad}; check the folder."
+            f"DICOM: expected MR images in {folder}, got {len(paths)} files and none among them{bad}; check the folder."
         )
     unique = {(str(f.header.get("SOPInstanceUID")), f.index): f for f in reversed(frames)}  # a file may lie there twice
     return _stacks(list(unique.values())[::-1]), [skipped_note(skipped)] if skipped else []

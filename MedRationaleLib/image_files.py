@@ -223,14 +223,14 @@ def check_volume(image: sitk.Image, name: str) -> None:
         )
     values = sitk.GetArrayViewFromImage(image)
     _check_finite(values, name)
-    some = values.reshape(-1)[:: max(1, values.size // LOOKED_AT)]
-    if values.min() < values.max() and len(np.unique(some)) <= LABELS:
-        raise InputError(
-            f"{name}: expected an image, got one of at most {LABELS} different values, which looks like a mask or a "
-            "map of labels; check that the right file was given."
-        )
     if values.min() == values.max():
         raise InputError(
             f"{name}: expected an image with contrast, got the constant value {values.min():g} in every voxel; check "
             "that the right file was given."
+        )
+    some = values.reshape(-1)[:: max(1, values.size // LOOKED_AT)]
+    if len(np.unique(some)) <= LABELS:
+        raise InputError(
+            f"{name}: expected an image, got one of at most {LABELS} different values, which looks like a mask or a "
+            "map of labels; check that the right file was given."
         )

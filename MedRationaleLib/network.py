@@ -95,7 +95,9 @@ class Network:
         """The precision that "auto" is on its device."""
         from MedRationaleLib.model.precision import uses_bf16
 
-        return "bfloat16" if uses_bf16(self.device, self.precision) else self.precision.replace("auto", "float32")
+        if uses_bf16(self.device, self.precision):
+            return "bfloat16"
+        return "float32" if self.precision == "auto" else self.precision
 
     @property
     def by_slice(self) -> bool:

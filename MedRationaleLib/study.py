@@ -287,7 +287,7 @@ class Study:
             if b_value is None:
                 notes.append(
                     f"The b-value of the DWI is not known, so nothing says whether it reaches the {MIN_B:g} s/mm² that "
-                    "are expected; give it with --b-value, or in a table's column b_value."
+                    "are expected; give the b-value if you know it."
                 )
             elif b_value < MIN_B:
                 notes.append(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from rich.progress import track
 from scipy.stats import t as student
 
 from MedRationaleLib.decision_tree import DecisionTree
@@ -51,6 +52,8 @@ FIGURES = {
 }
 MOST = ("max_violation", "max_violation_test")
 """Figures that are 0 or more and nothing like normal: in the table, the largest of all seeds stands beside the mean."""
+SETTINGS = ("steps", "batch", "sampling", "constraints", "tuning", "optimizer")
+"""Of a run, in metrics.json."""
 STACKS, OTHER_SEED = 100, 1_000_000
 """Examples that the violations in training are of: drawn as the training's, but not the same ones."""
 
@@ -133,7 +136,7 @@ def ablate(
         "initial_sha256": load_checkpoint(config.initial).sha256 if config.initial else None,
         "seeds": list(seeds),
         "split": {k: describe_set(test)[k] for k in ("name", "split", "seed")} | {"examinations": cases},
-        "settings": {k: v for k, v in asdict(config).items() if k in ("steps", "batch", "constraints", "optimizer")},
+        "settings": {k: v for k, v in asdict(config).items() if k in SETTINGS},
         "figures": FIGURES,
         "ablation": {arm: {f: _over_seeds(v) for f, v in rows.items()} for arm, rows in values.items()},
     }
@@ -170,9 +173,10 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices"]["value"],
     }
-    drawn = StackDataset(config.train, config.sampling, length=STACKS, seed=OTHER_SEED)
+    dataset = StackDataset(config.train, config.sampling, length=STACKS, seed=OTHER_SEED)
+    drawn = (dataset[index] for index in range(STACKS))
     whole = (whole_exam(StoredExam.open(folder)) for folder in stored_exams(test, cases))
-    for figure, stacks in zip(MOST, ((drawn[i] for i in range(STACKS)), whole), strict=True):
+    for figure, stacks in {"max_violation": drawn, "max_violation_test": whole}.items():
         known["figures"][figure] = max(violations(run / "model", stacks, ours).values(), default=None)
     write_text(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
     return known
@@ -189,6 +193,7 @@ def _what(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: in
         "test": describe_set(test),
         "cases": cases,
         "violations": asdict(ours),
+        "measures": FIGURES,
     }
     known: dict[str, Any] = json.loads(json.dumps(what))
     return known
@@ -203,7 +208,7 @@ def violations(model: str | Path, stacks: Iterable[Stack], constraints: Constrai
     network = load_checkpoint(model).model
     compute = RationaleConstraints(constraints, DecisionTree.load(), network.concepts)
     values: dict[str, list[float]] = defaultdict(list)
-    for index, stack in enumerate(stacks):
+    for index, stack in enumerate(track(stacks, "Constraints", total=None)):
         with autocast("cpu"):
             output = network(stack.images[None])
         found = compute(network, output, [stack], network.concept_embeddings, np.random.default_rng(index))
