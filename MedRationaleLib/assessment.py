@@ -44,7 +44,7 @@ class RationaleStep:
     evidence: str | None = None
     """Key into Assessment.evidence; in files, the path relative to the output folder."""
     weakened_by: tuple[str, ...] = ()
-    """Sequences ("adc", "dwi") that this answer rests on and that the Study lacks."""
+    """Sequences ("adc", "dwi") that this answer rests on and that the Study lacks, or lacks in this lesion."""
     overridden: str | None = None
     """Where source is "reader": the concept id that was chosen before."""
 

@@ -249,7 +249,7 @@ def test_a_missing_sequence_is_said_and_the_weakened_answers_are_marked() -> Non
     study = replace(drawn_study(), adc=None)
     page = Page(build_report(assess_by_hand(study, drawn_masks(study.t2w), (PZ_ANSWERS,))))
     assert "missing in this study" in page.text and "no ADC in this study" in page.text
-    assert "weakened: rests on ADC, which this study lacks" in page.text
+    assert "weakened: rests on ADC, which this study lacks here" in page.text
 
 
 def test_a_rationale_that_the_tree_cannot_walk_is_still_drawn(assessment: Assessment) -> None:

@@ -101,7 +101,7 @@ class RationaleChain:
             before = tree.bank[step.overridden].text if step.overridden in tree.bank else step.overridden
             told.append(_("The model said: {before}.").format(before=before))
         if step.weakened_by:
-            told.append(_("Weaker: {missing} missing.").format(missing=", ".join(step.weakened_by).upper()))
+            told.append(_("Weaker: {missing} missing here.").format(missing=", ".join(step.weakened_by).upper()))
         for item in items:
             item.setToolTip("\n".join(told))
         return items
