@@ -16,7 +16,8 @@ if any(find_spec(name) is None for name in ("lightning", "monai", "jsonargparse"
     pytest.skip("the train extra is not installed", allow_module_level=True)
 
 from MedRationaleTraining import benchmark, training_cost  # noqa: E402
-from MedRationaleTraining.cli import _fit_config, _fit_parser, main  # noqa: E402
+from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining.commands import fit_config, fit_parser  # noqa: E402
 from MedRationaleTraining.config import BenchmarkConfig  # noqa: E402
 from training_samples import small_networks  # noqa: E402
 
@@ -108,7 +109,7 @@ def test_a_process_that_the_memory_gives_out_for_is_no_end_of_the_benchmark() ->
 
 def test_the_papers_training_step_is_measured_by_batch_and_by_what_is_trained() -> None:
     paper = Path(__file__).resolve().parents[1] / "Training" / "configs" / "paper.yaml"
-    fit = _fit_config(_fit_parser().parse_args(["--config", str(paper)]))
+    fit = fit_config(fit_parser().parse_args(["--config", str(paper)]))
     small = replace(fit.model.text, width=48, layers=1, heads=2)
     fit = replace(fit, model=replace(fit.model, text=small))
     config = BenchmarkConfig(out="", pixels=64, depth=1, rounds=1, batches=[2])

@@ -476,7 +476,7 @@ def test_full_size_files_become_the_papers_model_which_paper_yaml_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SAM's ViT-B at 1024 pixels, every name and shape; a text tower of one layer beside it, to spare memory."""
-    from MedRationaleTraining.cli import _fit_config, _fit_parser
+    from MedRationaleTraining.commands import fit_config, fit_parser
     from MedRationaleTraining.trainer import build_model
 
     weights = sam_weights(FULL, dtype=torch.float16)
@@ -497,7 +497,7 @@ def test_full_size_files_become_the_papers_model_which_paper_yaml_trains(
     paper = Path(__file__).resolve().parents[1] / "Training" / "configs" / "paper.yaml"
     smaller = [word for name, n in (("width", 64), ("layers", 1), ("heads", 1)) for word in (f"--model.text.{name}", n)]
     asked = ["--initial", tmp_path / "model", "--config", paper, *smaller]
-    config = _fit_config(_fit_parser().parse_args([*map(str, asked)]))
+    config = fit_config(fit_parser().parse_args([*map(str, asked)]))
     assert config.initial == str(tmp_path / "model")
     begun, _, known = build_model(config, ConceptBank.load())
     assert torch.equal(begun.state_dict()["f_img.pos_embed"], state["f_img.pos_embed"]) and "imported" in known

@@ -587,7 +587,7 @@ def test_an_interrupt_says_how_to_go_on(tiny_set: Path, tmp_path: Path, capfd, m
     def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("MedRationaleTraining.cli.make_set", interrupt)
+    monkeypatch.setattr("MedRationaleTraining.commands.make_set", interrupt)
     assert main(["synthesize", "--out", str(tmp_path / "x")]) == 130
     assert "same command again" in capfd.readouterr().err
 
@@ -618,9 +618,9 @@ def test_curves_keep_each_term_in_its_column_whichever_comes_first(tmp_path: Pat
 
 
 def config_of(*paths: Path) -> FitConfig:
-    from MedRationaleTraining.cli import _fit_config, _fit_parser
+    from MedRationaleTraining.commands import fit_config, fit_parser
 
-    return _fit_config(_fit_parser().parse_args([word for path in paths for word in ("--config", str(path))]))
+    return fit_config(fit_parser().parse_args([word for path in paths for word in ("--config", str(path))]))
 
 
 def test_the_papers_configuration_is_the_papers_model() -> None:
