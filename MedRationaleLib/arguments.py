@@ -31,7 +31,8 @@ BATCH_HELP = """Find, measure and explain lesions in many prostate MRI examinati
 A folder has a subfolder for each examination (image files named as for `predict --case`, or DICOM), or the files of
 all of them, named <patient>_<study>_t2w.mha and so on. A manifest.csv has the column id and either t2w, adc, dwi and
 b_value, or case, or dicom; its paths are relative to it. Results are in OUTPUT/<id>/, and all findings in
-OUTPUT/summary.csv. An examination that fails is recorded there, and the next one's turn comes."""
+OUTPUT/summary.csv. An examination that fails is recorded there, and the next one's turn comes.
+PSA and contrast enhancement (DCE) are given to `predict`, one examination at a time."""
 
 MODEL_HELP = """Models: which there are, what they are made of, whether they are whole; or a new one of others' weights.
 
@@ -91,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--t2w", metavar="FILE", help=f"axial T2W {what}")
     group.add_argument("--adc", metavar="FILE", help="ADC map, likewise; 1e-6 mm²/s, 1e-3 mm²/s or mm²/s")
     group.add_argument("--dwi", metavar="FILE", help="DWI of the highest b-value, likewise")
-    group.add_argument("--b-value", type=_positive, metavar="B", help="of the DWI in s/mm², if files do not tell")
-    group.add_argument("--psa", type=_positive, metavar="NG_ML", help="PSA in ng/ml; its density joins the report")
+    group.add_argument("--b-value", type=_b_value, metavar="B", help="of the DWI in s/mm², if files do not tell")
+    group.add_argument("--psa", type=_psa, metavar="NG_ML", help="PSA in ng/ml; its density joins the report")
     group.add_argument(
         "--dce", default="not-available", choices=("positive", "negative", "not-available"),
         help="what a reader saw of contrast enhancement, which is not among the sequences read (not-available)",
@@ -189,10 +190,18 @@ def _folder(text: str) -> Path:
     raise argparse.ArgumentTypeError("expected a folder, got an empty name")
 
 
-def _positive(text: str) -> float:
-    if re.fullmatch(r"\d+(\.\d*)?", text) and float(text) > 0:
+def _b_value(text: str) -> float:
+    return _positive(text, 10_000)
+
+
+def _psa(text: str) -> float:
+    return _positive(text, 100_000)
+
+
+def _positive(text: str, most: float) -> float:
+    if re.fullmatch(r"\d+(\.\d*)?", text) and 0 < float(text) <= most:
         return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number above 0, got '{text}'")
+    raise argparse.ArgumentTypeError(f"expected a number above 0 and up to {most:,.0f}, got '{text}'")
 
 
 def _natural(text: str) -> int:

@@ -75,6 +75,23 @@ class Finding:
     rationale: tuple[RationaleStep, ...]
     contradictions: tuple[str, ...] = ()
     """Sentences: where mask and rationale, or two answers, contradict each other (paper, Appendix E)."""
+    model_pirads: int | None = None
+    """Where a reader has changed answers: the category that the model's own led to."""
+
+    @property
+    def dwi_inferred(self) -> bool:
+        """Neither ADC nor DWI shows this lesion: PI-RADS v2.1 gives no DWI score then, and this one is a guess."""
+        return {"adc", "dwi"} <= {sequence for step in self.rationale for sequence in step.weakened_by}
+
+    @property
+    def dwi_in_words(self) -> str:
+        """The DWI score as it is shown: "4", "4 (inferred)", or "–" where the tree gave none."""
+        return "–" if self.dwi_score is None else f"{self.dwi_score}{' (inferred)' if self.dwi_inferred else ''}"
+
+    @property
+    def category_in_words(self) -> str:
+        """The category as it is shown: "4", or "2 (reader; model 4)" where a reader has changed answers."""
+        return str(self.pirads) if self.model_pirads is None else f"{self.pirads} (reader; model {self.model_pirads})"
 
 
 @dataclass(frozen=True, kw_only=True)

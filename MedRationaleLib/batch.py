@@ -9,11 +9,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
     from MedRationaleLib.cli import Assessor
 
 log = logging.getLogger(__name__)
+LOCK_FILE = ".batch.lock"
+NO_PROSTATE = "No prostate was found in the images; check that the right series were given."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of summary.csv: one finding, an examination without any, or one that failed."""
+    """A row of summary.csv: one finding, an examination without any, or one that failed or was not assessed."""
 
     id: str
-    status: Literal["done", "failed"]
+    status: Literal["done", "not assessed", "failed"]
+    """ "not assessed" where no prostate was found, so that no lesion was looked for."""
     error: str = ""
-    """Why it failed, in one sentence."""
+    """Why it failed or was not assessed, in one sentence."""
     findings: int | None = None
     """How many the examination has; its other rows have the others."""
     finding: str | None = None
@@ -121,10 +125,15 @@ class Batch:
     def run(self, sources: Sequence[StudySource], summary: Summary, *, resume: bool, quiet: bool) -> None:
         """Assess the sources one after the other; a failure is recorded and the next one's turn comes.
 
-        With `resume` those that an earlier run finished are taken from there, all of them first.
+        With `resume` those that an earlier run finished are taken from there, all of them first. Raises InputError
+        where another batch is writing into the folder.
         """
         summary.folder.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(summary.folder)
+        with _alone_in(summary.folder):
+            _clear_leftovers(summary.folder)
+            self._run(sources, summary, resume=resume, quiet=quiet)
+
+    def _run(self, sources: Sequence[StudySource], summary: Summary, *, resume: bool, quiet: bool) -> None:
         if resume:
             for source in sources:
                 if rows := self._earlier(source, summary.folder / source.id):
@@ -182,11 +191,13 @@ class Batch:
 def _rows_of(name: str, folder: Path) -> list[Row]:
     """From the files of a result, so that it makes no difference which run wrote them."""
     record, manifest = read_json(folder / ASSESSMENT_FILE), read_json(folder / MANIFEST)
+    gland_ml = record["volumes_ml"].get("gland")
     of_all: dict[str, Any] = {
         "id": name,
-        "status": "done",
+        "status": "done" if gland_ml else "not assessed",
+        "error": "" if gland_ml else NO_PROSTATE,
         "findings": len(record["findings"]),
-        "gland_ml": record["volumes_ml"].get("gland"),
+        "gland_ml": gland_ml,
         "seconds": round(sum(manifest["timings_s"].values()), 1),
         "warnings": len({*record["study"]["warnings"], *record["warnings"]}),
     }
@@ -195,6 +206,25 @@ def _rows_of(name: str, folder: Path) -> list[Row]:
         Row(**of_all, finding=finding["id"], **{column: finding[column] for column in own})
         for finding in record["findings"]
     ] or [Row(**of_all)]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Locks the folder against another batch; the system takes the lock from a process that is killed."""
+    path = folder / LOCK_FILE
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"Expected one batch at a time in {folder}, got a second one; wait for the first, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps it until it is released, and then as an empty file
+            path.unlink()
+        lock.release()
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -254,8 +284,8 @@ def show_examinations(total: int, quiet: bool) -> Iterator[Shown]:
 
 def _in_words(rows: Sequence[Row]) -> str:
     first = rows[0]
-    if first.status == "failed":
-        return f"failed: {first.error}"
+    if first.error:
+        return f"{first.status}: {first.error}"
     if not first.findings:
         return f"no suspicious lesion ({first.seconds:.0f} s)"
     highest = max(row.pirads for row in rows if row.pirads is not None)

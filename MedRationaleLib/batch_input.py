@@ -203,7 +203,8 @@ def _from_manifest(path: Path) -> Iterator[StudySource]:
     kinds = [kind for kind, others in MANIFEST_KINDS.items() if {kind, "id"} <= set(columns) <= others | {"id"}]
     if not kinds or len(set(columns)) < len(columns):
         got = ", ".join(columns) or "an empty file"
-        raise InputError(f"Expected the columns {MANIFEST_COLUMNS}, got {got} in {path}; correct its first line.")
+        hint = "save it with commas between the columns" if ";" in got else "correct its first line"
+        raise InputError(f"Expected the columns {MANIFEST_COLUMNS}, got {got} in {path}; {hint}.")
     for line, cells in rows:
         if len(cells) > len(columns):
             raise InputError(

@@ -151,7 +151,9 @@ def batch(args: argparse.Namespace, argv: Sequence[str], load: Loader | None) ->
         done = f"{summary.count('done')} of {len(sources)} examinations"
         return _fail(f"interrupted; the results of {done} are kept, and --resume goes on from there.", 130)
     failed = summary.count("failed")
-    told = "" if args.quiet else f"{summary.count('done')} of {len(sources)} examinations done, {failed} failed: "
+    without = summary.count("not assessed")
+    told = f"{summary.count('done')} of {len(sources)} examinations done, {failed} failed"
+    told = "" if args.quiet else f"{told}{f', {without} not assessed' if without else ''}: "
     sys.stdout.write(f"{told}{summary.path.resolve()}\n")
     return 1 if failed else 0
 
@@ -206,6 +208,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         given = [f"--{name}" for name in ("adc", "dwi") if getattr(args, name) is not None]
         got = f"only {' and '.join(given)}" if given else "none"
         raise InputError(f"Expected an examination, got {got}; give --t2w FILE, --case FOLDER or --dicom FOLDER.")
+    if args.b_value is not None and args.t2w is not None and args.case is None and args.dwi is None:
+        raise InputError("Expected --b-value with a DWI, got none; give the DWI with --dwi, or leave --b-value out.")
     if args.dicom is not None and args.b_value is not None:
         raise InputError(
             "Expected --b-value with image files, got it with --dicom, whose tags hold the b-value; leave it out."

@@ -70,15 +70,17 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
         for name in ("Size mm", "Volume ml", "T2W", "DWI", "PI-RADS", "Likelihood*"):
             table.add_column(name, justify="right")
         for finding in assessment.findings:
-            scores = ("-" if s is None else str(s) for s in (finding.t2w_score, finding.dwi_score))
-            numbers = (f"{finding.size_mm:.1f}", f"{finding.volume_ml:.2f}", *scores)
+            t2w = "–" if finding.t2w_score is None else str(finding.t2w_score)
+            numbers = (f"{finding.size_mm:.1f}", f"{finding.volume_ml:.2f}", t2w, finding.dwi_in_words)
             likelihood = f"{finding.likelihood:.2f}"
-            table.add_row(finding.id, finding.zone, finding.sector, *numbers, str(finding.pirads), likelihood)
+            table.add_row(finding.id, finding.zone, finding.sector, *numbers, finding.category_in_words, likelihood)
         console.print(table)
         if all(finding.pirads < 3 for finding in assessment.findings):
             say("No finding of category 3 or more.", "bold")
-    else:
+    elif assessment.volumes_ml.get("gland"):
         say("No suspicious lesion was found.", "bold")
+    else:
+        say("Not assessed: no prostate was found, so no lesion was looked for.", "bold")
     if assessment.findings:
         say(
             "* that such a candidate is a lesion, as fitted on synthetic examinations; not the probability of cancer",

@@ -165,6 +165,11 @@ class DecisionTree:
         path = Path(name)
         shipped = path.suffix not in (".yaml", ".yml")
         if shipped:
+            names = sorted(file.stem for file in resource_path("DecisionTrees").glob("*.yaml"))
+            if str(name) not in names:
+                raise InputError(
+                    f"Expected one of the trees {', '.join(names)} or a YAML file, got '{name}'; correct the name."
+                )
             path = resource_path(f"DecisionTrees/{name}.yaml")
         tree = cls(read_yaml(path, "decision_tree.schema.json"), bank or ConceptBank.load())
         validate_references(tree)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -380,6 +381,7 @@ class Predictor:
     def _manifest(self, study: Study, clock: Stopwatch, retrieval: Retrieval, tree: DecisionTree) -> dict[str, Any]:
         packages = ("torch", "segment-anything", "SimpleITK", "numpy", "scipy", "scikit-image")
         return {
+            "assessed_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": {"medrationale": __version__, "python": platform.python_version()}
             | {p: metadata.version(p) for p in packages},
             "platform": platform.platform(),

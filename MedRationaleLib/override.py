@@ -108,6 +108,7 @@ def override_finding(tree: DecisionTree, finding: Finding, overrides: Mapping[st
         dce=again.walk.dce if "dce" in again.walk.answers else finding.dce,
         pirads=again.walk.pirads,
         contradictions=tuple(c for c in finding.contradictions if not c.startswith(decided)),
+        model_pirads=finding.pirads if finding.model_pirads is None else finding.model_pirads,
     )
 
 

@@ -85,7 +85,7 @@ class Step:
     """Of the phrase and of the heatmap's frame."""
     branches: tuple[Branch, ...]
     lead: float | None
-    """By how much the chosen answer is more similar than the next."""
+    """By how much the chosen answer is more similar than the next; None where a reader has answered."""
     sequence: str | None
     """Which sequence its heatmap is drawn over."""
     heat: int | None
@@ -165,16 +165,11 @@ def not_shown(candidates: Sequence[UnshownCandidate], manifest: Mapping[str, Any
     settings = model.get("postprocessing") if isinstance(model, Mapping) else None
     limit = f" of {settings['lesion_likelihood']:.2f}" if settings else ""
     told = ", ".join(
-        f"{c.zone} {c.volume_ml:.2f} ml at {_place(c.center_mm)} ({floor(100 * c.likelihood) / 100:.2f})"
+        f"{c.zone} {c.volume_ml:.2f} ml at ({', '.join(f'{x:.0f}' for x in c.center_mm)}) mm LPS "
+        f"(likelihood {floor(100 * c.likelihood) / 100:.2f})"
         for c in candidates
     )
     return f"Below the likelihood{limit} from which findings are shown: {told}."
-
-
-def _place(center_mm: tuple[float, float, float]) -> str:
-    """LPS mm as R/L, A/P, I/S."""
-    letters = (("R", "L"), ("A", "P"), ("I", "S"))
-    return " ".join(f"{names[value >= 0]}{abs(value):.0f}" for names, value in zip(letters, center_mm, strict=True))
 
 
 def study_facts(patient: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -203,6 +198,7 @@ def _finding_view(
         heat = heat_numbers.get(step.evidence or "")
         similar = [c.similarity for c in step.runners_up if c.similarity is not None]
         shown = step.evidence if heat is not None else None
+        asked = step.source != "reader"
         at, hottest = pictures.hottest(finding, shown, index) if shown is not None else (index, None)
         steps.append(
             Step(
@@ -211,7 +207,7 @@ def _finding_view(
                 step=step,
                 color=next(colors) if heat is not None else NEUTRAL,
                 branches=tuple(_branches(step, finding, tree, leads_to)),
-                lead=step.similarity - max(similar) if step.similarity is not None and similar else None,
+                lead=step.similarity - max(similar) if asked and step.similarity is not None and similar else None,
                 sequence=_shown_over(step, tree, pictures.sequences) if heat is not None else None,
                 heat=heat,
                 slice=at,

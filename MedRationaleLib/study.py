@@ -37,6 +37,9 @@ maps measured here 2700 to 2950; noise maps reach twice that."""
 GLAND_BOX_MM = (60.0, 60.0, 45.0)
 """Central block (right-left, front-back, foot-head) in which the gland is expected, to judge coverage."""
 
+APART_MM = 10.0
+"""Distance of the centres of ADC and DWI from which it is remarked on; most ADC maps are on their DWI's own grid."""
+
 MIN_B = 800.0
 """s/mm²; lesions do not stand out from normal tissue below it (PI-RADS v2.1 asks for 1400 and more)."""
 
@@ -261,6 +264,14 @@ class Study:
                     f"({sources[second].path}) for both; give the {NAMES[second]} of this examination."
                 )
         notes = list(warnings) + _small_block(images["t2w"])
+        if {"adc", "dwi"} <= images.keys():
+            apart = _centres_apart(images["adc"], images["dwi"])
+            if apart > APART_MM:
+                notes.append(
+                    f"ADC and DWI lie {apart:.0f} mm apart (their centres), but an ADC map usually lies where its DWI "
+                    "does: answers may be of other places than they seem to be; check that both are of the same "
+                    "examination and that neither was moved."
+                )
         valid: dict[str, sitk.Image] = {}
         for name in ("adc", "dwi"):
             if name in images:
@@ -287,7 +298,7 @@ class Study:
             if b_value is None:
                 notes.append(
                     f"The b-value of the DWI is not known, so nothing says whether it reaches the {MIN_B:g} s/mm² that "
-                    "are expected; give the b-value if you know it."
+                    "are expected; give the b-value if you know it (on the command line with --b-value)."
                 )
             elif b_value < MIN_B:
                 notes.append(
@@ -346,11 +357,9 @@ def _onto(image: sitk.Image, t2w: sitk.Image, name: str) -> tuple[sitk.Image, si
     covered = sitk.GetArrayViewFromImage(valid)
     smaller = min(np.prod(i.GetSize(), dtype=float) * np.prod(i.GetSpacing()) for i in (image, t2w))
     if covered.sum() * np.prod(t2w.GetSpacing()) < 0.01 * smaller:
-        centres = [i.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in i.GetSize()]) for i in (image, t2w)]
-        apart = float(np.linalg.norm(np.subtract(*centres)))
         raise InputError(
-            f"{name}: expected a volume that overlaps the T2W, got one that does not (their centres are {apart:.0f} mm "
-            "apart); check that both are of the same examination."
+            f"{name}: expected a volume that overlaps the T2W, got one that does not (their centres are "
+            f"{_centres_apart(image, t2w):.0f} mm apart); check that both are of the same examination."
         )
     box = covered[_box_slices(t2w)].mean()
     words = " x ".join(f"{side:g}" for side in GLAND_BOX_MM)
@@ -360,6 +369,12 @@ def _onto(image: sitk.Image, t2w: sitk.Image, name: str) -> tuple[sitk.Image, si
     )
     linear = sitk.Resample(image, t2w, identity, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
     return linear, valid, [remark] if box < 0.9 else []
+
+
+def _centres_apart(first: sitk.Image, second: sitk.Image) -> float:
+    """Distance in mm of the two volumes' centres."""
+    centres = [i.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in i.GetSize()]) for i in (first, second)]
+    return float(np.linalg.norm(np.subtract(*centres)))
 
 
 def _unit(values: np.ndarray) -> tuple[float, str] | None:

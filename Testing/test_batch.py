@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -427,7 +428,7 @@ batch(Path(sys.argv[1]), Path(sys.argv[2]), model=Killed())
     command = [sys.executable, "-c", script, str(three), str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 9
     assert statuses(tmp_path / "out") == {"a": "done"}
-    assert any(path.name.startswith(".") for path in (tmp_path / "out").iterdir()) == (moment != "assess")
+    assert any(path.name.startswith(".medrationale-") for path in (tmp_path / "out").iterdir()) == (moment != "assess")
     first, model = (tmp_path / "out" / "a" / "manifest.json").read_bytes(), Model()
     assert batch(three, tmp_path / "out", "--resume", model=model) == 0
     assert model.seen == ["b", "c"] and statuses(tmp_path / "out") == dict.fromkeys("abc", "done")
@@ -443,6 +444,32 @@ def test_resume_computes_nothing_again_and_writes_the_same_summary(three, tmp_pa
     assert model.seen == [] and (tmp_path / "out" / "summary.csv").read_bytes() == before
     assert batch(three, tmp_path / "out", model=model) == 0
     assert model.seen == ["a", "b", "c"]  # without --resume all are done again
+
+
+def test_a_second_batch_in_the_same_folder_is_refused_while_the_first_goes_on(three, tmp_path, capsys):
+    class Second(Model):
+        def assess(self, study, **options):
+            assert batch(three, tmp_path / "out") == 2
+            assert "one batch at a time" in capsys.readouterr().err
+            return super().assess(study, **options)
+
+    assert batch(three, tmp_path / "out", model=Second()) == 0
+    assert statuses(tmp_path / "out") == dict.fromkeys("abc", "done")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b", "c", "summary.csv"}
+
+
+def test_an_examination_without_a_prostate_is_no_negative_one(one, tmp_path, capsys):
+    class Blind(Model):
+        def assess(self, study, **options):
+            return replace(super().assess(study, **options), volumes_ml={"gland": 0.0})
+
+    for options in ((), ("--resume",)):
+        assert batch(one, tmp_path / "out", *options, model=Blind()) == 0
+        (row,) = summary(tmp_path / "out")
+        assert row["status"] == "not assessed" and row["error"].startswith("No prostate was found")
+        told = capsys.readouterr()
+        assert "0 of 1 examinations done, 0 failed, 1 not assessed" in told.out
+        assert "no suspicious lesion" not in told.err
 
 
 def _touch(path: Path) -> None:

@@ -69,6 +69,20 @@ def test_with_too_few_lesions_likelihood_is_the_mean_mask_probability() -> None:
     assert chosen.likelihood == {}
 
 
+def test_the_gland_is_opened_as_far_as_takes_away_what_is_no_gland() -> None:
+    """Beyond each gland a tongue runs on, 4 mm wide."""
+
+    def with_tongue() -> Iterator[tuple]:
+        for p, truth, seen in examinations(3):
+            p[0, :, 45:50, :20] = 0.9
+            yield p, truth, seen
+
+    assert calibrate_masks(examinations(3), "set").gland_opening_mm == PostprocessingConfig().gland_opening_mm
+    chosen = calibrate_masks(with_tongue(), "set")
+    best = {opening: max(of_threshold.values()) for opening, of_threshold in chosen.gland_dice.items()}
+    assert best[1.5] < best[chosen.gland_opening_mm] == max(best.values())
+
+
 def test_a_set_without_a_lesion_is_refused() -> None:
     with pytest.raises(InputError, match="Expected glands and lesions in set"):
         calibrate_masks(examinations(3, hits=False), "set")

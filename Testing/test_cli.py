@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,26 @@ def test_an_examination_without_lesion_says_so(case, tmp_path):
     assert list(weakened_answers(empty)) == []
 
 
+def test_an_examination_without_a_prostate_is_called_not_assessed(case, tmp_path):
+    study, stream = Study.from_case(case), io.StringIO()
+    blind = replace(assess_by_hand(study, drawn_masks(study.t2w), ()), volumes_ml={"gland": 0.0})
+    summarise(blind, tmp_path / "report.html", console_for(stream))
+    assert "Not assessed: no prostate was found" in stream.getvalue() and "No suspicious" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--b-value", "99999"), "up to 10,000, got '99999'"),
+        (("--psa", "99999999"), "up to 100,000, got '99999999'"),
+        (("--b-value", "1000"), "Expected --b-value with a DWI, got none"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(case, tmp_path, capsys, options, words):
+    assert predict("--t2w", case / "10_11_t2w.mha", "--out", tmp_path / "o", *options) == 2
+    assert words in sentence(capsys.readouterr().err) and not (tmp_path / "o").exists()
+
+
 def test_a_second_run_replaces_the_first_and_keeps_other_files(case, tmp_path):
     for _ in range(2):
         assert predict("--case", case, "--out", tmp_path / "o") == 0
@@ -255,7 +276,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "case and dicom": (lambda t: ["--case", t, "--dicom", t], "not allowed with"),
     "b-value with dicom": (lambda t: ["--dicom", t, "--b-value", "800"], "--b-value"),
     "b-value of zero": (lambda t: ["--case", t, "--b-value", "0"], "expected a number above 0"),
-    "PSA of nothing": (lambda t: ["--case", t, "--psa", "high"], "--psa: expected a number above 0, got 'high'"),
+    "PSA of nothing": (
+        lambda t: ["--case", t, "--psa", "high"],
+        "--psa: expected a number above 0 and up to 100,000, got 'high'",
+    ),
     "unknown DCE": (lambda t: ["--case", t, "--dce", "maybe"], "--dce"),
     "unknown device": (lambda t: ["--case", t, "--device", "tpu"], "--device"),
     "unknown option": (lambda t: ["--case", t, "--colour"], "--colour"),

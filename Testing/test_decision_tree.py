@@ -381,5 +381,5 @@ def test_a_faulty_tree_is_refused_in_one_sentence(bank, shipped, tmp_path, fault
 
 
 def test_an_unknown_tree_is_refused():
-    with pytest.raises(InputError, match="DecisionTrees/pirads_v9.yaml"):
+    with pytest.raises(InputError, match="one of the trees .*pirads_v2_1 or a YAML file, got 'pirads_v9'"):
         DecisionTree.load("pirads_v9")

@@ -24,7 +24,9 @@ from sample_assessments import (
 )
 
 from MedRationaleLib.assessment import Assessment, Candidate, SliceRationale
+from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
+from MedRationaleLib.override import override_finding
 from MedRationaleLib.report import STEP_COLORS, build_report
 from MedRationaleLib.report_images import ReportPictures
 from MedRationaleLib.serialization import StudyRecord
@@ -338,8 +340,31 @@ def test_a_heatmap_is_drawn_where_it_is_hottest_in_the_lesion_and_says_how_hot(a
 
 
 def test_candidates_that_were_not_marked_are_told(assessment: Assessment) -> None:
-    assert "PZ 0.21 ml at R12 P30 S6 (0.13)" in build_report(assessment)
+    assert "PZ 0.21 ml at (-12, 30, 6) mm LPS (likelihood 0.13)" in build_report(assessment)
     assert "not marked" not in build_report(replace(assessment, not_shown=()))
+
+
+def test_what_a_reader_changed_is_told_wherever_the_category_is(assessment: Assessment) -> None:
+    model = assessment.findings[0]
+    tree = DecisionTree.load(assessment.decision_tree)
+    finding = override_finding(tree, model, {"dwi_signal": "dwi_normal", "adc_signal": "adc_normal"})
+    assert finding.pirads != model.pirads and finding.model_pirads == model.pirads
+    page = build_report(replace(assessment, findings=(finding, *assessment.findings[1:])))
+    told = f"{finding.pirads} (reader; model {model.pirads})"
+    assert page.count(f">{told}</span>") == 1 and page.count(f"PI-RADS {told}<") >= 2
+    assert f"by the reader; the model’s: {model.pirads}" in page
+    step = page[page.index('data-concept="dwi_normal"') :]
+    assert "changed by the reader" in step[: step.index("</figure>") if "</figure>" in step else None]
+    assert "ahead of the next" not in step[: step.index("</li>\n</ul>")]
+
+
+def test_a_dwi_score_that_no_diffusion_shows_is_called_inferred(assessment: Assessment) -> None:
+    finding = assessment.findings[0]
+    unseen = replace(finding, rationale=tuple(replace(s, weakened_by=("adc", "dwi")) for s in finding.rationale))
+    assert not finding.dwi_inferred and unseen.dwi_in_words == f"{finding.dwi_score} (inferred)"
+    page = build_report(replace(assessment, findings=(unseen,)))
+    assert f"DWI {unseen.dwi_in_words}" in page and "PI-RADS v2.1 gives no DWI score" in page
+    assert "(inferred)" not in build_report(assessment)
 
 
 def test_frame_colours_stand_out_from_white_and_from_each_other() -> None:

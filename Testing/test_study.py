@@ -193,6 +193,18 @@ def test_volumes_that_do_not_overlap_are_refused_with_their_distance(tmp_path):
     assert "mm apart" in text
 
 
+def test_an_adc_map_that_lies_elsewhere_than_its_dwi_is_remarked_on():
+    near, far = (Study.from_images(t2w=volume(), adc=_moved(adc_map(), by), dwi=volume(40.0, seed=1)) for by in (4, 14))
+    assert not [w for w in near.warnings if "apart" in w]
+    (told,) = [w for w in far.warnings if "apart" in w]
+    assert told.startswith("ADC and DWI lie 14 mm apart")
+
+
+def _moved(image: sitk.Image, by: float) -> sitk.Image:
+    image.SetOrigin([image.GetOrigin()[0] + by, *image.GetOrigin()[1:]])
+    return image
+
+
 def test_a_missing_t2w_is_refused():
     refused("without which nothing", t2w=None)
 

@@ -507,7 +507,8 @@ def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     monkeypatch.setattr("MedRationaleTraining.calibration.FLOORS", (0.25, 0.4))
     folder = export_run(Path(run.out), tmp_path / "model", calibrate_on=tiny_set)
     stored = load_checkpoint(folder).postprocessing
-    assert set(stored) == {"gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood", "presence_margin"}
+    gland, lesions = {"gland_threshold", "gland_opening_mm"}, {"lesion_floor", "lesion_likelihood", "likelihood"}
+    assert set(stored) == gland | lesions | {"presence_margin"}
     assert 0 < PostprocessingConfig(**stored).lesion_likelihood < 1
     # Chosen for a model folder, they are the same, and so are its weights.
     assert main(["calibrate", "--model", str(folder), "--data", str(tiny_set), "--out", str(tmp_path / "again")]) == 0
@@ -555,7 +556,8 @@ def test_fit_from_a_yaml_file_ends_with_a_model_folder(tiny_set: Path, tmp_path:
         (["export", "--run", "nowhere", "--out", "x"], "Expected the folder of a training run"),
         (["synthesize", "--out", "x", "--split", "some"], "split"),
         (["speed", "--out", "x", "--train", "[nowhere]", "--examples", "0"], "at least 1 example"),
-        ([], "command"),
+        (["fit", "--config", "nowhere.yaml"], "Expected a YAML file of settings"),
+        ([], "Expected a command, got none"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -579,6 +581,10 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Pat
         {"step": 2, "changed": {"steps": [2, 3]}}
     ]
     assert list((moved / "tensorboard").iterdir())
+    # Nothing is left to train: settings that no step was trained with are not written down.
+    before = (moved / "run.json").read_bytes()
+    Trainer(tiny_run(moved, tiny_set, steps=2, save_every=1, batch=4)).fit()
+    assert (moved / "run.json").read_bytes() == before and read_state(moved / STATE)["step"] == 3
     assert main(["resume", "--run", str(tmp_path)]) == 2
     assert "Expected a run's settings in" in capsys.readouterr().err
 

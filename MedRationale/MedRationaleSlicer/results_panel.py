@@ -247,8 +247,8 @@ def _volumes(data: dict[str, Any]) -> str:
 
 
 def _heading(finding: Any, category: str) -> str:
-    scores = ("–" if score is None else score for score in (finding.t2w_score, finding.dwi_score))
+    t2w = "–" if finding.t2w_score is None else finding.t2w_score
     return _("{name}: PI-RADS {pirads} (T2W {t2w}, DWI {dwi}, DCE {dce}), {sector}, {size:.1f} mm").format(
-        name=finding.id.replace("-", " ").capitalize(), pirads=category, t2w=next(scores), dwi=next(scores),
+        name=finding.id.replace("-", " ").capitalize(), pirads=category, t2w=t2w, dwi=finding.dwi_in_words,
         dce=finding.dce, sector=finding.sector, size=finding.size_mm,
     )  # fmt: skip

@@ -64,9 +64,9 @@ class RationaleModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         """log of the inverse temperature of InfoNCE; CLIP's starting value is 1 / 0.07, learned."""
 
-        self.heat_scale = nn.Parameter(torch.tensor(23.0).log())
+        self.heat_scale = nn.Parameter(torch.tensor(15.0).log())
         """log of a in sigmoid(a cos + b)."""
-        self.heat_bias = nn.Parameter(torch.tensor(-14.0))
+        self.heat_bias = nn.Parameter(torch.tensor(-8.0))
         """b; negative, so that most of the image is dark from the start."""
 
     def heat(self, cosine: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ def arms(folder: Path, base: ConstraintConfig) -> dict[str, ConstraintConfig]:
         try:
             given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
-            raise InputError(f"Expected the settings of an arm in {path}, got {type(error).__name__}.") from error
+            raise InputError(
+                f"Expected the settings of an arm in {path}, got {type(error).__name__}; name their folder by --arms."
+            ) from error
         if not isinstance(given, dict) or not given.keys() <= known:
             raise InputError(f"Expected settings of `constraints` in {path}, got others; `fit --help` lists them.")
         try:
@@ -114,6 +116,7 @@ def ablate(
         raise InputError("Expected at least one seed, got none; correct --seeds.")
     stored_exams(test, cases)
     stored_exams(config.val, config.validation_cases)
+    initial = load_checkpoint(config.initial).sha256 if config.initial else None
     out = Path(config.out)
     check_writable(out)
     commits = set()
@@ -133,7 +136,7 @@ def ablate(
         "format": 2,
         "command": command,
         "commit": ", ".join(sorted(commits)),
-        "initial_sha256": load_checkpoint(config.initial).sha256 if config.initial else None,
+        "initial_sha256": initial,
         "seeds": list(seeds),
         "split": {k: describe_set(test)[k] for k in ("name", "split", "seed")} | {"examinations": cases},
         "settings": {k: v for k, v in asdict(config).items() if k in SETTINGS},

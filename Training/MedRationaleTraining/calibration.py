@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_l
 from MedRationaleTraining.rationale_metrics import asked
 
 _logger = logging.getLogger(__name__)
-GLAND = tuple(round(0.30 + 0.05 * i, 2) for i in range(12))
+Choice = TypeVar("Choice", float, tuple[float, float])
+GLAND = tuple(round(0.1 * i, 1) for i in range(3, 10))
+OPENINGS = (1.5, 5.0, 8.0)
+"""mm; from the slices' distance up, an opening also takes away what is thin from slice to slice."""
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
 LIKELIHOODS = tuple(round(0.02 * i, 2) for i in range(1, 50))
 SEEN_ON = ("mask", "mask+adc", "mask+dwi", "mask+adc+dwi")
@@ -45,12 +48,13 @@ class Calibration:
     """What was chosen, and how every choice scored."""
 
     gland_threshold: float
+    gland_opening_mm: float
     lesion_floor: float
     lesion_likelihood: float
     likelihood: dict[str, dict[str, float]]
     """As PostprocessingConfig has it; empty where there were too few candidates to fit it."""
-    gland_dice: dict[float, float]
-    """Threshold -> mean volume Dice."""
+    gland_dice: dict[float, dict[float, float]]
+    """Opening in mm -> threshold -> mean volume Dice."""
     lesion_score: dict[float, float]
     """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
     lesion_f2: dict[float, float]
@@ -65,8 +69,8 @@ class Calibration:
     @property
     def postprocessing(self) -> dict[str, Any]:
         """Fields of PostprocessingConfig."""
-        names = ("gland_threshold", "lesion_floor", "lesion_likelihood", "likelihood", "presence_margin")
-        return {n: getattr(self, n) for n in names}
+        named = ("gland_threshold", "gland_opening_mm", "lesion_floor", "lesion_likelihood", "likelihood")
+        return {n: getattr(self, n) for n in (*named, "presence_margin")}
 
 
 def calibrate(
@@ -138,26 +142,25 @@ class _Found:
 def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], folder: str | Path) -> Calibration:
     """Choose one after the other, on (4, S, 256, 256) probabilities and truth, and what was imaged.
 
-    The gland's threshold has the best mean Dice. A candidate's likelihood is a logistic regression, fitted for each of
-    the combinations of sequences that it may have been seen on. The lesions' floor, which sets how far a candidate
-    reaches, has the best picai_eval score. That score never falls when less likely candidates are added, so it would
-    show all of them; the likelihood from which one is shown has the best F2 over picai_eval's matches instead, for a
-    false candidate is dismissed more easily than a lesion that was not shown is found.
+    The gland's opening and threshold have the best mean Dice. A candidate's likelihood is a logistic regression,
+    fitted for each of the combinations of sequences that it may have been seen on. The lesions' floor, which sets how
+    far a candidate reaches, has the best picai_eval score. That score never falls when less likely candidates are
+    added, so it would show all of them; the likelihood from which one is shown has the best F2 over picai_eval's
+    matches instead, for a false candidate is dismissed more easily than a lesion that was not shown is found.
     """
     base = PostprocessingConfig()
-    gland_dice: dict[float, list[float]] = {t: [] for t in GLAND}
+    gland_dice: dict[tuple[float, float], list[float]] = {(o, t): [] for o in OPENINGS for t in GLAND}
     found: dict[float, list[_Found]] = {f: [] for f in FLOORS}
     for p, truth, sequences in masks:
-        gland = np.zeros(truth[0].shape, bool)
-        for threshold in GLAND:
-            mask = clean_gland(p[0], SPACING, replace(base, gland_threshold=threshold))
-            gland_dice[threshold].append(dice(mask, truth[0]))
-            gland = mask if threshold == base.gland_threshold else gland
+        for (opening, threshold), values in gland_dice.items():
+            config = replace(base, gland_threshold=threshold, gland_opening_mm=opening)
+            values.append(dice(clean_gland(p[0], SPACING, config), truth[0]))
+        gland = clean_gland(p[0], SPACING, base)
         pz, tz = split_zones(p[1], p[2], gland, SPACING, base)
         for floor in FLOORS:
             config = replace(base, lesion_floor=floor)
             found[floor].append(_match(lesion_candidates(p[3], pz, tz, sequences, SPACING, config), truth[3]))
-    mean_dice = {t: float(np.nanmean(v)) for t, v in gland_dice.items() if np.isfinite(v).any()}
+    mean_dice = {cleaned: float(np.nanmean(v)) for cleaned, v in gland_dice.items() if np.isfinite(v).any()}
     likelihoods = {floor: _judged(of_floor) for floor, of_floor in found.items()}
     detections = {
         floor: Detection([f.results(values) for f, values in zip(found[floor], of_floor, strict=True)])
@@ -167,17 +170,19 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
         raise InputError(
             f"Expected glands and lesions in {folder} to choose thresholds on, got none; give another validation set."
         )
+    opening, threshold = _best(mean_dice, (base.gland_opening_mm, base.gland_threshold))
     scores = {floor: detection.score() for floor, detection in detections.items()}
     floor = _best(scores, base.lesion_floor)
     f2 = {threshold: detections[floor].f2(threshold) for threshold in LIKELIHOODS}
     shown_from = _best(f2, base.lesion_likelihood)
     return Calibration(
-        gland_threshold=_best(mean_dice, base.gland_threshold),
+        gland_threshold=threshold,
+        gland_opening_mm=opening,
         lesion_floor=floor,
         lesion_likelihood=shown_from,
         likelihood=_weights(found[floor]),
         lesion_slices=sum(f.shown_on(v, shown_from) for f, v in zip(found[floor], likelihoods[floor], strict=True)),
-        gland_dice=mean_dice,
+        gland_dice={o: {t: v for (of, t), v in mean_dice.items() if of == o} for o in OPENINGS},
         lesion_score=scores,
         lesion_f2=f2,
     )
@@ -245,7 +250,8 @@ def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
     return weights
 
 
-def _best(scores: dict[float, float], default: float) -> float:
-    """The threshold of the highest score; of equal ones the nearest to the default."""
+def _best(scores: dict[Choice, float], default: Choice) -> Choice:
+    """What has the highest score; of equal ones the nearest to the default."""
     highest = max(scores.values())
-    return min((t for t, s in scores.items() if s >= highest - 1e-9), key=lambda t: abs(t - default))
+    equal = (choice for choice, score in scores.items() if score >= highest - 1e-9)
+    return min(equal, key=lambda choice: np.abs(np.subtract(choice, default)).tolist())

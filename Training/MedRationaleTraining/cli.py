@@ -107,6 +107,10 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
         kind = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
         given = any(a.partition("=")[0] == f"--{name}" for a in arguments)
         return f"Expected {kind} for --{name}, got {got}; correct it{'' if given else _where(files, name)}."
+    if found := re.search(r"File does not exist: '?(.+?)'?$", message):
+        return f"Expected a YAML file of settings, got {found[1]}, which is not there; check the path."
+    if 'expected "command" to be one of' in message:
+        return f"Expected a command, got none; it is one of {', '.join(COMMANDS)} (`medrationale-train --help`)."
     if found := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = " and ".join("--" + name.rpartition(".")[2] for name in found[1].split(", "))
         return f"Expected {names}, got none; `{command} --help` says what to give."

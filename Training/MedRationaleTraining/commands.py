@@ -132,7 +132,10 @@ def _train(config: FitConfig, console: Console) -> None:
         folder = export_run(run, run / "model", calibrate_on=config.val)
     if (kkt := run / KKT).exists():
         console.print(kkt_table(json.loads(kkt.read_text(encoding="utf-8"))))
-    console.print(f"The model is in {folder}; look at it with `medrationale-train evaluate --model {folder}`.")
+    console.print(
+        f"The model is in {folder}; measure it with `medrationale-train evaluate --model {folder} --data TEST_SET "
+        f"--out {run / 'test'}`."
+    )
 
 
 def _resume_parser() -> ArgumentParser:
@@ -198,6 +201,7 @@ def _export(given: Namespace, console: Console) -> None:
     config = None
     if given.settings is not None:
         config = fit_config(fit_parser().parse_args(["--config", str(given.settings)]))
+    from MedRationaleLib.model_folders import CARD, CONFIG, WEIGHTS
     from MedRationaleTraining.export import export_run
 
     folder = export_run(
@@ -210,7 +214,7 @@ def _export(given: Namespace, console: Console) -> None:
         scores=given.scores,
         initial_share=given.initial_share,
     )
-    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    size = sum((folder / name).stat().st_size for name in (CARD, CONFIG, WEIGHTS)) / 1e6
     console.print(f"The model is in {folder} ({size:.1f} MB)")
 
 

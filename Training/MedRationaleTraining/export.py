@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from MedRationaleTraining.phrases import all_phrases
 from MedRationaleTraining.real_cases import CaseScore, markdown_table, read_scores
 from MedRationaleTraining.trainer import OF_A_MACHINE, RUN, STATE, read_state, store_concept_embeddings
 
+_logger = logging.getLogger(__name__)
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
@@ -96,6 +98,8 @@ def export_run(
         chosen = calibrate(model, calibrate_on, cases=cases)
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
+    else:
+        _logger.warning("no thresholds were chosen for %s: the defaults stand; choose some with --calibrate SET", out)
     real = read_scores(scores, hashlib.sha256(serialized(model)).hexdigest()) if scores else None
     set_name = Path(calibrate_on).name if calibrate_on else None
     card = model_card(model, training, postprocessing, report, set_name, real)

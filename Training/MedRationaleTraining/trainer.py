@@ -213,6 +213,9 @@ class Trainer:
         config, first_process = self.config, self.fabric.is_global_zero
         if self.resume():
             _logger.info("resumed at step %d", self.step)
+        if self.step and self.step >= config.steps and (self.out / RUN).exists():
+            _logger.info("nothing is left to train: %s is at step %d of %d", self.out, self.step, config.steps)
+            return self._averaged()
         curves = None
         if first_process:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -402,9 +405,11 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     try:
         state = torch.load(path, weights_only=True, map_location=device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # torch's own words on a pickle advise to load it without the check.
+        why = "damaged, or no such state" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise InputError(
             f"Expected a training state in {path}, got a file that cannot be read "
-            f"({_first_line(error)}); remove it to begin anew, or choose another `out` folder."
+            f"({why}); remove it to begin anew, or choose another `out` folder."
         ) from error
     if not isinstance(state, dict) or not {"model", "ema", "optimizer", "multipliers", "step"} <= state.keys():
         raise InputError(f"Expected a training state in {path}, got another file; choose another `out` folder.")
