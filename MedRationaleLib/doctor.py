@@ -28,6 +28,7 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.resources import resource_path
 
 PURPOSES: dict[str, tuple[Literal["", "train"], str]] = {
+    "filelock": ("", "one batch at a time in a folder"),
     "jinja2": ("", "report.html"),
     "jsonschema": ("", "checking concept banks, decision trees and assessment.json"),
     "numpy": ("", "arrays"),

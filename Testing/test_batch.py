@@ -216,7 +216,7 @@ BAD_MANIFESTS = {
     "two kinds": ("id,case,dicom\nx,in/a,\n", "got id, case, dicom in"),
     "unknown column": ("id,case,colour\nx,in/a,red\n", "got id, case, colour in"),
     "column twice": ("id,case,case\nx,in/a,in/b\n", "got id, case, case in"),
-    "semicolons": ("id;case\nx;in/a\n", "got id;case in"),
+    "semicolons": ("id;case\nx;in/a\n", "got id;case in .*; save it with commas between the columns"),
     "id twice": ("id,case\nx,in/a\nX,in/b\n", "got 'X' twice"),
     "no name": ("id,case\n,in/a\n", "line 2 .*got ''"),
     "a path": ("id,case\nx,in/a\n../x,in/b\n", r"line 3 .*got '\.\./x'"),
