@@ -213,13 +213,13 @@ class Trainer:
         config, first_process = self.config, self.fabric.is_global_zero
         if self.resume():
             _logger.info("resumed at step %d", self.step)
-        if self.step and self.step >= config.steps and (self.out / RUN).exists():
-            _logger.info("nothing is left to train: %s is at step %d of %d", self.out, self.step, config.steps)
-            return self._averaged()
         curves = None
         if first_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._describe()
+            if 0 < config.steps <= self.step and (self.out / RUN).exists():
+                _logger.info("nothing is left to train: %s is at step %d of %d", self.out, self.step, config.steps)
+            else:
+                self._describe()
             curves = Curves(self.out, self.step)
         with Progress(
             TextColumn("training"),
