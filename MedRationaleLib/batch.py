@@ -219,6 +219,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise InputError(
             f"Expected one batch at a time in {folder}, got a second one; wait for the first, or choose another folder."
         ) from None
+    except (NotImplementedError, OSError):  # a file system without locks: as good as can be there
+        log.info("no lock in %s", folder, exc_info=True)
     try:
         yield
     finally:

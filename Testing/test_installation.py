@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MODULE = Path(__file__).resolve().parent.parent / "MedRationale"
 INSTALLED = {
     "torch": "2.9.1+cu128",
+    "filelock": "3.20.0",
     "jinja2": "3.1.6",
     "jsonschema": "4.25.0",
     "packaging": "25.0",

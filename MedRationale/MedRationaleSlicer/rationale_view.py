@@ -46,6 +46,8 @@ class FindingsTable:
                 text = "–" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
                 if key == "pirads" and category is not None:
                     text = category(finding.id, finding.pirads)
+                elif key == "dwi_score":
+                    text = finding.dwi_in_words
                 item = qt.QTableWidgetItem(text)
                 item.setToolTip(text)
                 self._table.setItem(row, column, item)
