@@ -306,7 +306,12 @@ class MedRationaleWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         slicer.app.userSettings().setValue(self._timeKey(), seconds)
         count = len(results.data["findings"])
         told = _("{count} finding(s), after {seconds:.0f} s.").format(count=count, seconds=seconds)
-        if not count:
+        if not results.data["volumes_ml"].get("gland"):
+            told = _(
+                "Not assessed, after {seconds:.0f} s: no prostate was found, so no lesion was looked for. Check that "
+                "the right series are chosen."
+            ).format(seconds=seconds)
+        elif not count:
             told = _(
                 "No suspicious lesion was found, after {seconds:.0f} s. That is not proof that there is none: small "
                 "and faint ones are missed, so read the images yourself."

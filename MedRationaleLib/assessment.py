@@ -79,6 +79,11 @@ class Finding:
     """Where a reader has changed answers: the category that the model's own led to."""
 
     @property
+    def title(self) -> str:
+        """What its segment is called: "Lesion 1 (PI-RADS 4)"."""
+        return f"{self.id.replace('-', ' ').capitalize()} (PI-RADS {self.category_in_words})"
+
+    @property
     def dwi_inferred(self) -> bool:
         """Neither ADC nor DWI shows this lesion: PI-RADS v2.1 gives no DWI score then, and this one is a guess."""
         return {"adc", "dwi"} <= {sequence for step in self.rationale for sequence in step.weakened_by}

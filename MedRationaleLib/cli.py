@@ -208,8 +208,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         given = [f"--{name}" for name in ("adc", "dwi") if getattr(args, name) is not None]
         got = f"only {' and '.join(given)}" if given else "none"
         raise InputError(f"Expected an examination, got {got}; give --t2w FILE, --case FOLDER or --dicom FOLDER.")
-    if args.b_value is not None and args.t2w is not None and args.case is None and args.dwi is None:
-        raise InputError("Expected --b-value with a DWI, got none; give the DWI with --dwi, or leave --b-value out.")
     if args.dicom is not None and args.b_value is not None:
         raise InputError(
             "Expected --b-value with image files, got it with --dicom, whose tags hold the b-value; leave it out."
@@ -234,6 +232,8 @@ def _read_study(args: argparse.Namespace) -> Study:
         study = Study.from_case(args.case, **given, b_value=args.b_value)
     else:
         study = Study.from_files(**given, b_value=args.b_value)
+    if args.b_value is not None and study.dwi is None:
+        raise InputError("Expected --b-value with a DWI, got none; give the DWI with --dwi, or leave --b-value out.")
     return study if args.psa is None else replace(study, patient={**study.patient, "psa_ng_ml": args.psa})
 
 

@@ -68,10 +68,9 @@ def segments_of(assessment: Assessment) -> list[tuple[Segment, np.ndarray]]:
     found = [(segment(name), sitk.GetArrayFromImage(mask) > 0) for name, mask in zones.items()]
     lesions = sitk.GetArrayFromImage(assessment.lesions)
     for finding in assessment.findings:
-        name = f"{finding.id.replace('-', ' ').capitalize()} (PI-RADS {finding.pirads})"
         region = tuple(table[finding.zone.lower()]["type"])
         tags = (("MedRationale.Pirads", str(finding.pirads)), ("MedRationale.Sector", finding.sector))
-        found.append((segment(finding.id, name=name, region=region, tags=tags), lesions == finding.label))
+        found.append((segment(finding.id, name=finding.title, region=region, tags=tags), lesions == finding.label))
     return found
 
 

@@ -278,7 +278,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "b-value of zero": (lambda t: ["--case", t, "--b-value", "0"], "expected a number above 0"),
     "PSA of nothing": (
         lambda t: ["--case", t, "--psa", "high"],
-        "--psa: expected a number above 0 and up to .*'high'",
+        "--psa: expected a number above 0 and up to 100,000, got 'high'",
     ),
     "unknown DCE": (lambda t: ["--case", t, "--dce", "maybe"], "--dce"),
     "unknown device": (lambda t: ["--case", t, "--device", "tpu"], "--device"),

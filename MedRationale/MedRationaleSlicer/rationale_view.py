@@ -34,8 +34,8 @@ class FindingsTable:
         table.verticalHeader().setVisible(False)
         table.connect("itemSelectionChanged()", self._on_selection)
 
-    def show(self, findings: tuple[Finding, ...], chosen: str, category: Callable[[str, int], str] | None) -> None:
-        """Fill it, and mark the row of `chosen`; `category` puts a finding's category in words."""
+    def show(self, findings: tuple[Finding, ...], chosen: str) -> None:
+        """Fill it, and mark the row of `chosen`."""
         self._table.blockSignals(True)
         self._ids = [finding.id for finding in findings]
         self._table.setRowCount(len(findings))
@@ -44,8 +44,8 @@ class FindingsTable:
                 value = getattr(finding, key)
                 digits = SHOWN_DIGITS.get(key)
                 text = "–" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
-                if key == "pirads" and category is not None:
-                    text = category(finding.id, finding.pirads)
+                if key == "pirads":
+                    text = finding.category_in_words
                 elif key == "dwi_score":
                     text = finding.dwi_in_words
                 item = qt.QTableWidgetItem(text)

@@ -161,14 +161,6 @@ class Results:
         """The reader's changes in their order: finding, node of the tree, concept."""
         return [(finding, node, concept) for finding, node, concept in self._record["overrides"]]
 
-    def category(self, finding: str, pirads: int) -> str:
-        """A finding's PI-RADS category; with the reader's answers it says so, and what the model's had led to."""
-        if finding not in {changed for changed, _node, _concept in self.overrides}:
-            return str(pirads)
-        rows = self._record["assessment"]["findings"]
-        model = next(row["pirads"] for row in rows if row["id"] == finding)
-        return _("{pirads} (reader; model {model})").format(pirads=pirads, model=model)
-
     def tree(self) -> Any:
         """The DecisionTree that was walked."""
         return _tree(self._record["assessment"]["decision_tree"])
@@ -218,17 +210,16 @@ class Results:
 
     def _show_findings(self, data: Mapping[str, Any] | None = None) -> None:
         """Text, table and names of the segments from the assessment; without `data` from what the model said."""
-        data = data or self._record["assessment"]
-        self.node.SetText(json.dumps(data, indent=2, ensure_ascii=False))
+        self.node.SetText(json.dumps(data or self._record["assessment"], indent=2, ensure_ascii=False))
         table = self._reference("table")
         if table is not None:
-            fill(table, [row | {"pirads": self.category(row["id"], row["pirads"])} for row in data["findings"]])
+            shown = ({"pirads": f.category_in_words, "dwi_score": f.dwi_in_words} for f in self.findings)
+            fill(table, [row | words for row, words in zip(self.data["findings"], shown, strict=True)])
         segmentation = self._reference("segmentation")
-        for row in data["findings"]:
-            segment = segmentation.GetSegmentation().GetSegment(row["id"]) if segmentation else None
+        for finding in self.findings:
+            segment = segmentation.GetSegmentation().GetSegment(finding.id) if segmentation else None
             if segment is not None:
-                category = self.category(row["id"], row["pirads"])
-                segment.SetName(f"{row['id'].replace('-', ' ').capitalize()} (PI-RADS {category})")
+                segment.SetName(finding.title)
 
     # ------------------------------------------------------------ what it shows
 

@@ -70,9 +70,7 @@ class ResultsPanel:
         findings = results.findings if results is not None else ()
         chosen = next((finding for finding in findings if finding.id == node.finding), None)
         tree = results.tree() if results is not None else None
-        self.findings.show(
-            findings, node.finding if node is not None else "", results.category if results is not None else None
-        )
+        self.findings.show(findings, node.finding if node is not None else "")
         self.chain.show(chosen, tree, node.step if node is not None else "")
         self.ui.exportButton.enabled = results is not None
         self.ui.show3DCheckBox.enabled = results is not None
@@ -83,9 +81,7 @@ class ResultsPanel:
         notes = dict.fromkeys((*data["study"]["warnings"], *data["warnings"])) if data else {}
         below = [results.not_shown()] if results is not None and results.not_shown() else []
         self.ui.warningsLabel.text = "\n".join([*(f"⚠ {note}" for note in notes), *below])
-        self.ui.findingLabel.text = (
-            _heading(chosen, results.category(chosen.id, chosen.pirads)) if chosen is not None else ""
-        )
+        self.ui.findingLabel.text = _heading(chosen) if chosen is not None else ""
         self.ui.contradictionsLabel.text = (
             "\n".join(f"⚠ {text}" for text in chosen.contradictions) if chosen is not None else ""
         )
@@ -246,9 +242,9 @@ def _volumes(data: dict[str, Any]) -> str:
     return text if density is None else _("{text}; PSA density {density:.2f} ng/ml²").format(text=text, density=density)
 
 
-def _heading(finding: Any, category: str) -> str:
+def _heading(finding: Any) -> str:
     t2w = "–" if finding.t2w_score is None else finding.t2w_score
     return _("{name}: PI-RADS {pirads} (T2W {t2w}, DWI {dwi}, DCE {dce}), {sector}, {size:.1f} mm").format(
-        name=finding.id.replace("-", " ").capitalize(), pirads=category, t2w=t2w, dwi=finding.dwi_in_words,
-        dce=finding.dce, sector=finding.sector, size=finding.size_mm,
+        name=finding.id.replace("-", " ").capitalize(), pirads=finding.category_in_words, t2w=t2w,
+        dwi=finding.dwi_in_words, dce=finding.dce, sector=finding.sector, size=finding.size_mm,
     )  # fmt: skip
