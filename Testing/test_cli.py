@@ -189,6 +189,12 @@ def test_an_examination_without_a_prostate_is_called_not_assessed(case, tmp_path
     assert "Not assessed: no prostate was found" in stream.getvalue() and "No suspicious" not in stream.getvalue()
 
 
+def test_a_b_value_without_a_dwi_is_refused_in_a_case_folder_too(case, tmp_path, capsys):
+    (case / "10_11_hbv.mha").unlink()
+    assert predict("--case", case, "--out", tmp_path / "o", "--b-value", "1000") == 2
+    assert "Expected --b-value with a DWI, got none" in sentence(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

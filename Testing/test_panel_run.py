@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import SimpleITK as sitk
 from panel_fixtures import MODULE, Play, alive, select_step, table_texts, tag
 
 from MedRationaleLib.assessment import Assessment
+from MedRationaleLib.output import write_results
 
 pytestmark = pytest.mark.usefixtures("module_folder")
 
@@ -41,6 +43,16 @@ def test_apply_brings_the_assessment_into_the_scene_under_its_study(
     assert [table.GetCellText(row, 1) for row in range(2)] == [str(f.pirads) for f in drawn.findings]
     assert [row[:3] for row in table_texts(panel)] == [[f.id, str(f.pirads), f.zone] for f in drawn.findings]
     assert panel.ui.volumesLabel.text.startswith("Gland 51.9 ml (PZ 17.3, TZ 33.8)")
+
+
+def test_images_without_a_prostate_are_told_as_not_assessed(
+    run: Callable[[], Any], drawn: Assessment, tmp_path: Path
+) -> None:
+    blind = replace(drawn, findings=(), evidence={}, volumes_ml=dict.fromkeys(drawn.volumes_ml, 0.0))
+    write_results(blind, tmp_path / "results")
+    assert run().ui.statusLabel.text.startswith("Not assessed, after")
+    write_results(replace(drawn, findings=(), evidence={}), tmp_path / "results")
+    assert run().ui.statusLabel.text.startswith("No suspicious lesion was found, after")
 
 
 def test_progress_is_shown_and_apply_becomes_cancel(panel: Any, play: Play, wait_until: Callable[..., None]) -> None:
