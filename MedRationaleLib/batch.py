@@ -25,7 +25,7 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.failures import explain
 from MedRationaleLib.files import MANIFEST, atomic_path, check_writable, written_files
 from MedRationaleLib.output import write_results
-from MedRationaleLib.serialization import ASSESSMENT_FILE, plain, read_json
+from MedRationaleLib.serialization import ASSESSMENT_FILE, findings_of, plain, read_json
 
 if TYPE_CHECKING:
     from MedRationaleLib.cli import Assessor
@@ -55,6 +55,8 @@ class Row:
     likelihood: float | None = None
     t2w_score: int | None = None
     dwi_score: int | None = None
+    dwi_inferred: bool | None = None
+    """As Finding.dwi_inferred."""
     pirads: int | None = None
     gland_ml: float | None = None
     seconds: float | None = None
@@ -201,10 +203,10 @@ def _rows_of(name: str, folder: Path) -> list[Row]:
         "seconds": round(sum(manifest["timings_s"].values()), 1),
         "warnings": len({*record["study"]["warnings"], *record["warnings"]}),
     }
-    own = ("zone", "sector", "size_mm", "volume_ml", "likelihood", "t2w_score", "dwi_score", "pirads")
+    own = ("zone", "sector", "size_mm", "volume_ml", "likelihood", "t2w_score", "dwi_score", "dwi_inferred", "pirads")
     return [
-        Row(**of_all, finding=finding["id"], **{column: finding[column] for column in own})
-        for finding in record["findings"]
+        Row(**of_all, finding=finding.id, **{column: getattr(finding, column) for column in own})
+        for finding in findings_of(record)
     ] or [Row(**of_all)]
 
 

@@ -289,8 +289,16 @@ def test_the_summary_has_a_row_for_each_finding(three, tmp_path):
         assert (row["zone"], row["sector"]) == (finding["zone"], finding["sector"])
         for name in ("size_mm", "volume_ml", "likelihood", "t2w_score", "dwi_score", "pirads"):
             assert float(row[name]) == finding[name]
+        assert row["dwi_inferred"] == "False"
         assert row["gland_ml"] == "51.9" and float(row["seconds"]) >= 0
         assert int(row["warnings"]) == len(record["study"]["warnings"]) > 0
+
+
+def test_the_summary_tells_a_dwi_score_that_is_inferred(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    save(volume(), tmp_path / "in" / "a" / "t2w.mha")
+    assert batch(tmp_path / "in", tmp_path / "out", model=Finder()) == 0
+    assert {row["dwi_inferred"] for row in summary(tmp_path / "out")} == {"True"}
 
 
 def test_an_examination_without_a_finding_has_a_row_too(three, tmp_path, capsys):

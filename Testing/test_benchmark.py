@@ -31,6 +31,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("benchmarks") / "made"
     with pytest.MonkeyPatch.context() as patch:
         small_networks(patch)
+        patch.setattr(benchmark, "bf16_in_hardware", lambda _: True)
         assert main(["benchmark", "--out", str(out), *SMALL]) == 0
     assert (out / "cpu.svg").read_text(encoding="utf-8").count("<rect") == 1 + 3 + 4
     return json.loads((out / "cpu.json").read_text(encoding="utf-8"))
@@ -45,6 +46,18 @@ def test_every_encoder_has_its_ratio_error_and_memory(record: dict) -> None:
         assert row["ratio"] == pytest.approx(stock / row["seconds"]["median"], rel=0.02)
     assert encoder["float32"]["relative_error"] < 1e-5 < encoder["bf16"]["relative_error"] < 0.05
     assert 1e-5 < encoder["int8"]["relative_error"] < 0.2
+
+
+def test_bfloat16_that_is_only_emulated_is_left_out_and_said_to_be(
+    record: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "left out" not in benchmark.table(record)
+    monkeypatch.setattr(benchmark, "bf16_in_hardware", lambda _: False)
+    for compiled in (True, False):
+        config = BenchmarkConfig(out="", compiled=compiled)
+        assert benchmark._encoders(config) == ["segment_anything", "float32", "int8"]
+    emulated = record | {"machine": record["machine"] | {"bf16_in_hardware": False}}
+    assert "bf16 is left out: this machine would only emulate it." in benchmark.table(emulated)
 
 
 def test_an_encoders_memory_is_that_of_a_process_of_its_own() -> None:

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
-from MedRationaleTraining.constraints import FAINT, TYPICAL_MM2, RationaleConstraints  # noqa: E402
+from MedRationaleTraining.constraints import CROP_MM, FAINT, TYPICAL_MM2, RationaleConstraints  # noqa: E402
 from MedRationaleTraining.data.stacks import Stack  # noqa: E402
 from MedRationaleTraining.evidence_metrics import relevance_mass  # noqa: E402
 from training_samples import TINY  # noqa: E402
@@ -109,6 +109,16 @@ def test_light_beyond_the_lesion_counts_by_the_area_that_it_covers() -> None:
     adc[0, 50:58, 50:60] = 1  # as large as the lesion
     found = g(constraints(localise_share=0.25), Drawn(adc_marked_hypointense=adc), stack())
     assert found["localise.lesion"] == pytest.approx(1 / 0.25 - 1)
+
+
+def test_light_beyond_the_end_of_a_lesion_counts_by_the_area_of_a_typical_one() -> None:
+    end, adc = stack(), torch.zeros(1, SIZE, SIZE)
+    end.regions[:] = 0
+    end.regions[0, 0, 20:22, 20:22] = 1
+    adc[0, 20:22, 20:22] = adc[0, 50:53, 50] = 1
+    typical = TYPICAL_MM2 / (CROP_MM / SIZE) ** 2
+    found = g(constraints(localise_share=0.25), Drawn(adc_marked_hypointense=adc), end)
+    assert typical > 4 and found["localise.lesion"] == pytest.approx(3 / typical / 0.25 - 1)
 
 
 def test_another_findings_place_is_left_out() -> None:

@@ -503,6 +503,10 @@ def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_f
         ElementTree.parse(path)
         assert 1_000 < path.stat().st_size < 500_000
     assert "RMA" in (tmp_path / "out" / "evidence_examples.svg").read_text(encoding="utf-8")
+    quick = evaluate(tmp_path / "model", tiny_set, tmp_path / "quick", cases=2, gradcam=False)
+    cam = quick["evidence"].pop("gradcam")
+    assert report["evidence"].pop("gradcam") != cam and cam["lesion"]["rma"]["value"] is None
+    assert quick == report and "Grad-CAM" not in (tmp_path / "quick" / "evidence_examples.svg").read_text("utf-8")
 
 
 def test_the_example_is_the_lesion_with_the_heat_of_its_own_concepts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -226,6 +227,18 @@ def test_a_run_may_begin_from_a_model_with_another_form_of_heat(run: FitConfig, 
     assert begun.heat(torch.tensor([-0.5, 0.25])).tolist() == [0.0, 0.25]
 
 
+def test_the_heat_of_a_run_may_begin_elsewhere_than_the_initial_models(
+    run: FitConfig, model: Path, tmp_path: Path
+) -> None:
+    begun = replace(run, out=str(tmp_path / "on"), val=None, steps=1, initial=str(model))
+    trainer = Trainer(replace(begun, constraints=replace(begun.constraints, heat=(25.0, -16.0))))
+    assert trainer.model.heat(torch.tensor(0.64)).item() == pytest.approx(0.5)
+    assert trainer.model.heat(torch.tensor(0.68)).item() == pytest.approx(1 / (1 + math.exp(-1)))
+    trainer.fit()
+    trainer.resume()
+    assert trainer.model.heat_bias.item() != -16.0  # a state has its own
+
+
 def test_exported_weights_may_lie_between_those_of_the_run_and_those_it_began_from(
     run: FitConfig, model: Path, tmp_path: Path
 ) -> None:
@@ -279,6 +292,7 @@ def test_weights_are_not_mixed_with_those_of_another_model(run: FitConfig, model
         ({"batch": 3, "micro_batch": 2}, "a multiple of micro_batch"),
         ({"constraints": ConstraintConfig(disentangle_share=1.5)}, "disentangle_share above 0 up to 1"),
         ({"model": replace(TINY, text=replace(TINY.text, kind="biomedclip"))}, "model.text.folder"),
+        ({"constraints": ConstraintConfig(heat=(0.0, -8.0))}, "positive first number in constraints.heat"),
         ({"sampling": SamplingConfig(slices=25)}, "sampling.slices from 1 to 24"),
         ({"sampling": SamplingConfig(move=2.0)}, "shares from 0 to 1"),
         ({"loss": LossConfig(dice_weight=-1.0)}, "weights of 0 or more"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,12 @@ class RationaleModel(nn.Module):
         if self.config.heatmap == "sigmoid":
             return torch.sigmoid(self.heat_scale.exp() * cosine + self.heat_bias)
         return cosine.clamp(min=0) if self.config.heatmap == "relu" else cosine
+
+    @torch.no_grad()
+    def start_heat(self, scale: float, bias: float) -> None:
+        """Set a and b of sigmoid(a cos + b)."""
+        self.heat_scale.fill_(math.log(scale))
+        self.heat_bias.fill_(bias)
 
     def attach_text(self, vocabulary: Sequence[int] = ()) -> None:
         """Build f_txt (random weights). Only training and re-computing concept embeddings need it."""

@@ -168,7 +168,7 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
     write_text(path, json.dumps(known, indent=1) + "\n")
     Trainer(config).fit()
     model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
-    report = evaluate(model, test, run / "test", cases=cases)
+    report = evaluate(model, test, run / "test", cases=cases, gradcam=False)
     known["commit"] = commit()
     known["figures"] = {
         "rma": report["evidence"]["rma_lesion"]["value"],

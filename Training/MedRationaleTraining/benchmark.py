@@ -167,8 +167,10 @@ def _encoder(model: RationaleModel, config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _encoders(config: BenchmarkConfig) -> list[str]:
-    names = [STOCK, *ENCODERS]
-    if not config.compiled:
+    """Those that are worth a time here: bfloat16 that is only emulated takes minutes a slice."""
+    emulated = not bf16_in_hardware(config.device)
+    names = [STOCK, *(n for n, (precision, _) in ENCODERS.items() if not (emulated and precision == "bfloat16"))]
+    if not config.compiled and not emulated:
         names.remove("bf16_compiled")
     if config.device != "cpu":
         names.remove("int8")
@@ -354,6 +356,8 @@ def table(record: Mapping[str, Any]) -> str:
     if record.get("study_peak_gb"):
         lines[-1] += f" Peak memory of a whole study of {record['study']['slices']} slices through ViT-B: "
         lines[-1] += f"{record['study_peak_gb']:.1f} GB."
+    if not machine["bf16_in_hardware"]:
+        lines[-1] += " bf16 is left out: this machine would only emulate it."
     if "training" in record:
         lines += ["", "| trained | slices at once | seconds a step | peak memory |", "|---|---|---|---|"]
         for row in record["training"]:

@@ -74,6 +74,8 @@ class ConstraintConfig:
     """epsilon_2 as a share of |M|; an empty sum has 1."""
     contain_share: float = 0.5
     """Share of a concept's heat, of each of its maps by itself, that may lie off what it describes; 1 allows all."""
+    heat: tuple[float, float] | None = None
+    """a and b of the heat sigmoid(a cos + b) at the first step; by default the initial model's. Eq. 2 trains neither."""
     start: int = 0
     """Step from which the constraints count; the warm-up before it is Eq. 2 alone."""
     rho: float = 0.2
@@ -257,6 +259,7 @@ def check(config: FitConfig) -> None:
         (0 < c.contain_share <= 1, "constraints.contain_share in (0, 1]", c.contain_share),
         (min(c.rho, c.rate, c.cap, c.weight) > 0, "positive constraints.rho, rate, cap and weight",
          (c.rho, c.rate, c.cap, c.weight)),
+        (c.heat is None or c.heat[0] > 0, "a positive first number in constraints.heat", c.heat),
         (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",
          (c.start, c.report_every)),
         (config.tuning.lora_rank >= 1, "tuning.lora_rank of at least 1", config.tuning.lora_rank),

@@ -15,7 +15,9 @@ else have to be faint, each 1 / K, to let the sum be M.
 
 `attainable` is the distance at which the sum is still M: K concepts that share a structure evenly and do not overlap
 are 2 |M| / K apart, hence 2 / K in this unit. Constraints of one kind and node pair share a multiplier; within a batch
-they are averaged. Where there is nothing to describe, M is empty and g is in units of a typical lesion's area.
+they are averaged. For `localise`, |M| is at least a typical lesion's area in each slice: where only the end of a lesion
+is seen, or nothing at all, a squared distance would else be measured against next to nothing, and a few such examples
+would outweigh all others.
 """
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ class RationaleConstraints:
     # ------------------------------------------------------------ distances
 
     def _localised(self, total: Tensor, mask: Tensor, weight: Tensor, area: Tensor) -> Tensor:
-        total = total - mask * (total - 1).clamp(min=0)
+        total, area = total - mask * (total - 1).clamp(min=0), area.clamp(min=self._typical(total))
         pairs = ((total, total), (mask, mask), (total, mask))
         apart = self._distance(*((weight * a * b).sum() for a, b in pairs), area)
         return apart / self._config.localise_share - 1
@@ -180,8 +182,11 @@ class RationaleConstraints:
 
     def _dark(self, total: Tensor) -> Tensor:
         """D(total, 0) with a typical lesion's area a slice for |M|, whichever D is: (S, h, w) -> g."""
-        area = len(total) * TYPICAL_MM2 / (CROP_MM / total.shape[-1]) ** 2
-        return total.square().sum() / area / self._config.localise_share - 1
+        return total.square().sum() / self._typical(total) / self._config.localise_share - 1
+
+    def _typical(self, total: Tensor) -> float:
+        """A typical lesion's area in each slice of (S, h, w), in patches."""
+        return float(len(total) * TYPICAL_MM2 / (CROP_MM / total.shape[-1]) ** 2)
 
 
 def _resized(weights: Tensor, size: torch.Size) -> Tensor:

@@ -54,8 +54,10 @@ def example_of(
     region = stack.regions[index, at].numpy()
     chosen = [c for n, c in stack.answers[index].items() if _described(tree, n)]
     maps = {tree.bank[c].text: prediction.maps["heatmap"][concepts.index(c), at] for c in chosen}
-    maps["Grad-CAM"] = prediction.maps["gradcam"][0, at]
-    true = [places[c].region[at] for c in (*chosen, PRESENT)]
+    true = [places[c].region[at] for c in chosen]
+    if "gradcam" in prediction.maps:
+        maps["Grad-CAM"] = prediction.maps["gradcam"][0, at]
+        true.append(places[PRESENT].region[at])
     t2w = stack.images[at, 0].numpy()
     scale = t2w.shape[0] // region.shape[0]
     centre = np.argwhere(region > 0).mean(0) * scale

@@ -140,25 +140,27 @@ def heat_maps(model: RationaleModel, similarity: Tensor, field: Tensor) -> Tenso
     return on_region_grid(model.heat(similarity.to(device))).cpu() * field.cpu()
 
 
-def evidence_maps(model: RationaleModel, similarity: Tensor, cam: Tensor, field: Tensor) -> dict[str, np.ndarray]:
+def evidence_maps(
+    model: RationaleModel, similarity: Tensor, cam: Tensor | None, field: Tensor
+) -> dict[str, np.ndarray]:
     """Every source's maps, dark where T2W has no data, for there is no image there to light up on.
 
     Args:
         model: whose `heat` turns similarities into heatmaps.
         similarity: (K, S, h, w) cosine, averaged over mirror images.
-        cam: (S, h', w') of `lesion_gradcam`, averaged over mirror images.
+        cam: (S, h', w') of `lesion_gradcam`, averaged over mirror images; None leaves Grad-CAM out.
         field: (S, 64, 64) share of each patch in which T2W has data.
 
     Returns:
         source -> (K, S, 64, 64) float32; "gradcam" (1, S, 64, 64), brightest patch of every slice 1.
     """
-    cam = on_region_grid(cam[None]) * field
-    cam = cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-12)
     maps = {
         "heatmap": heat_maps(model, similarity, field),
         "similarity": on_region_grid(similarity.clamp(min=0)) * field,
-        "gradcam": cam,
     }
+    if cam is not None:
+        cam = on_region_grid(cam[None]) * field
+        maps["gradcam"] = cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-12)
     return {source: m.float().cpu().numpy() for source, m in maps.items()}
 
 

@@ -138,6 +138,8 @@ class Trainer:
         """The model and its losses."""
         model, self.vocabulary, self.initial = build_model(self.config, self.bank)
         self.config = replace(self.config, model=model.config)
+        if self.config.constraints.heat:
+            model.start_heat(*self.config.constraints.heat)
         prepare(model, self.config.tuning)
         return Objective(model, self.config, self.bank, self.tree)
 
