@@ -71,7 +71,7 @@ class ConstraintConfig:
     disentangle_share: float = 0.4
     """epsilon_1 as a share of the distance that concepts can have while their sum is still the mask."""
     localise_share: float = 0.4
-    """epsilon_2 as a share of |M|; an empty sum has 1."""
+    """epsilon_2 as a share of |M|; an empty sum has 1, less where M is small or blurred by the embedding's grid."""
     contain_share: float = 0.5
     """Share of a concept's heat, of each of its maps by itself, that may lie off what it describes; 1 allows all."""
     heat: tuple[float, float] | None = None

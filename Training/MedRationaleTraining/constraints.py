@@ -17,7 +17,7 @@ else have to be faint, each 1 / K, to let the sum be M.
 are 2 |M| / K apart, hence 2 / K in this unit. Constraints of one kind and node pair share a multiplier; within a batch
 they are averaged. For `localise`, |M| is at least a typical lesion's area in each slice: where only the end of a lesion
 is seen, or nothing at all, a squared distance would else be measured against next to nothing, and a few such examples
-would outweigh all others.
+would outweigh all others. A dark sum is near such small masks, so that there only `contain` asks for light.
 """
 
 from __future__ import annotations
