@@ -119,6 +119,15 @@ def test_what_is_far_off_moves_its_multiplier_no_faster_and_is_reported_as_it_is
     assert multipliers.report()[0].violation == 60.0
 
 
+def test_a_constraint_that_most_examples_hold_and_a_few_are_far_off_rests_where_its_mean_is_zero() -> None:
+    multipliers = Multipliers(["a"], ConstraintConfig(rate=0.1))
+    multipliers.value += 5.0
+    for _ in range(10):
+        for g in [-0.5] * 9 + [4.5]:
+            multipliers.ascend({"a": torch.tensor(g)})
+    assert float(multipliers.value) == pytest.approx(5.0, abs=1e-4)
+
+
 @pytest.mark.parametrize("solver", ["augmented", "lagrangian", "penalty"])
 @pytest.mark.parametrize("at", [-0.9, -0.1, 0.3])
 def test_the_gradient_of_each_form_is_its_finite_difference(solver, at) -> None:

@@ -2,14 +2,16 @@
 
 One class solves three problems that differ in what they add to the objective and in how a multiplier changes:
 
-augmented   psi(g, m) = m g + rho g^2 / 2 where g > -m / rho, else -m^2 / (2 rho)     m <- clamp(m + rate min(g, 1))
-lagrangian  m g                                                                      m <- clamp(m + rate min(g, 1))
+augmented   psi(g, m) = m g + rho g^2 / 2 where g > -m / rho, else -m^2 / (2 rho)     m <- clamp(m + rate g)
+lagrangian  m g                                                                      m <- clamp(m + rate g)
 penalty     weight max(g, 0)                                                         m is the weight, and stays
 
 (Rockafellar's psi; Nocedal and Wright, Numerical Optimization, 17.4. With rate = rho the first is the method of
-multipliers. In the dual step g counts as 1 at most: heatmaps that are far off at the start would else drive their
-multipliers to the cap before the weights have moved.) A multiplier is at least 0 and at most `cap`; one that rests at
-its cap says that the constraints conflict with one another or with the objective.
+multipliers.) While the running mean of g is above 1, g counts as 1 at most in the dual step: heatmaps that are far off
+at the start would else drive their multipliers to the cap before the weights have moved. After that it counts in full,
+for g has a long tail (most examples hold, a few are far off), and multipliers that never see the tail come to rest
+where its mean is still positive. A multiplier is at least 0 and at most `cap`; one that rests at its cap says that the
+constraints conflict with one another or with the objective.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from MedRationaleTraining.config import ConstraintConfig
+
+
+RECENT = 0.1
+"""Weight of the newest g in its running mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class Multipliers(nn.Module):
     """One multiplier for each named constraint; float32 buffers, so that they are in the checkpoint."""
 
     value: Tensor
+    recent: Tensor
     total: Tensor
     count: Tensor
 
@@ -64,6 +71,7 @@ class Multipliers(nn.Module):
         self._config = config
         start = config.weight if config.solver == "penalty" else 0.0
         self.register_buffer("value", torch.full((len(self.names),), start))
+        self.register_buffer("recent", torch.zeros(len(self.names)))
         self.register_buffer("total", torch.zeros(len(self.names)))
         self.register_buffer("count", torch.zeros(len(self.names)))
 
@@ -93,8 +101,11 @@ class Multipliers(nn.Module):
         where, g = where[finite], g[finite]
         self.total[where] += g
         self.count[where] += 1
+        recent = self.recent[where].lerp(g, RECENT)
+        self.recent[where] = recent
         if self._config.solver != "penalty":
-            self.value[where] = (self.value[where] + self._config.rate * g.clamp(max=1.0)).clamp(0.0, self._config.cap)
+            counted = torch.where(recent > 1, g.clamp(max=1.0), g)
+            self.value[where] = (self.value[where] + self._config.rate * counted).clamp(0.0, self._config.cap)
 
     def report(self, *, reset: bool = False) -> list[Kkt]:
         """Every constraint that occurred since the last reset."""
