@@ -119,6 +119,13 @@ def test_what_is_far_off_moves_its_multiplier_no_faster_and_is_reported_as_it_is
     assert multipliers.report()[0].violation == 60.0
 
 
+def test_with_a_margin_a_constraint_is_held_within_its_bound_and_reported_as_it_is() -> None:
+    x, multipliers = solve(corner, ConstraintConfig(rho=1.0, rate=0.02, margin=0.1))
+    assert torch.allclose(x, torch.tensor([0.55, 0.55]), atol=1e-3)
+    active, room = multipliers.report()
+    assert active.value == pytest.approx(-0.1, abs=0.01) and active.violation == 0 and room.multiplier == 0
+
+
 def test_a_constraint_that_most_examples_hold_and_a_few_are_far_off_rests_where_its_mean_is_zero() -> None:
     multipliers = Multipliers(["a"], ConstraintConfig(rate=0.1))
     multipliers.value += 5.0

@@ -84,6 +84,8 @@ class ConstraintConfig:
     """Step of the dual ascent."""
     cap: float = 20.0
     """Largest multiplier."""
+    margin: float = 0.0
+    """How far within its bound each constraint is held, in units of its epsilon, so that it holds on other examples."""
     weight: float = 0.3
     """Of every constraint where penalties are fixed."""
     report_every: int = 200
@@ -257,8 +259,9 @@ def check(config: FitConfig) -> None:
         (0 < c.disentangle_share <= 1, "constraints.disentangle_share above 0 up to 1", c.disentangle_share),
         (c.localise_share > 0, "a positive constraints.localise_share", c.localise_share),
         (0 < c.contain_share <= 1, "constraints.contain_share in (0, 1]", c.contain_share),
-        (min(c.rho, c.rate, c.cap, c.weight) > 0, "positive constraints.rho, rate, cap and weight",
-         (c.rho, c.rate, c.cap, c.weight)),
+        (min(c.rho, c.rate, c.cap, c.weight) > 0 and c.margin >= 0,
+         "positive constraints.rho, rate, cap and weight, and no negative margin",
+         (c.rho, c.rate, c.cap, c.weight, c.margin)),
         (c.heat is None or c.heat[0] > 0, "a positive first number in constraints.heat", c.heat),
         (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",
          (c.start, c.report_every)),

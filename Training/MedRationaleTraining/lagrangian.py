@@ -10,7 +10,8 @@ penalty     weight max(g, 0)                                                    
 multipliers.) While the running mean of g is above 1, g counts as 1 at most in the dual step: heatmaps that are far off
 at the start would else drive their multipliers to the cap before the weights have moved. After that it counts in full,
 for g has a long tail (most examples hold, a few are far off), and multipliers that never see the tail come to rest
-where its mean is still positive. A multiplier is at least 0 and at most `cap`; one that rests at its cap says that the
+where its mean is still positive. With a `margin` both lines have g + margin for g, so that what scatters about its
+bound from one set of examples to the next scatters within it; reports have g itself. A multiplier is at least 0 and at most `cap`; one that rests at its cap says that the
 constraints conflict with one another or with the objective.
 """
 
@@ -85,6 +86,7 @@ class Multipliers(nn.Module):
             return self.value.sum() * 0
         where, g = self._of(constraints)
         m, c = self.value[where], self._config
+        g = g + c.margin
         if c.solver == "penalty":
             return (m * g.clamp(min=0)).sum()
         if c.solver == "lagrangian":
@@ -101,6 +103,7 @@ class Multipliers(nn.Module):
         where, g = where[finite], g[finite]
         self.total[where] += g
         self.count[where] += 1
+        g = g + self._config.margin
         recent = self.recent[where].lerp(g, RECENT)
         self.recent[where] = recent
         if self._config.solver != "penalty":
