@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 
 import MedRationaleTraining.ablation as ablation  # noqa: E402
 from MedRationaleTraining.ablation import (  # noqa: E402
+    ARM,
     ARMS,
     FIGURES,
     METRICS,
@@ -94,6 +95,9 @@ def test_violations_are_those_of_the_largest_constraint_and_never_negative(recor
     model = Path(config.out) / "both" / "seed0" / "model"
     stacks = [whole_exam(StoredExam.open(folder)) for folder in stored_exams(tiny_set, 1)]
     found = violations(model, stacks, arms(SETTINGS, config.constraints)["both"])
+    known = json.loads((model.parent / ARM).read_text(encoding="utf-8"))
+    assert known["violations"]["max_violation_test"] == pytest.approx(found)
+    assert known["figures"]["max_violation"] == max(known["violations"]["max_violation"].values())
     assert any(name.startswith("contain") for name in found)  # that of arms that were not trained with it, too
     assert min(found.values()) >= 0
     assert record["ablation"]["both"]["max_violation_test"]["per_seed"][0] == pytest.approx(max(found.values()))

@@ -224,6 +224,10 @@ def _study(model: Path, study: Study, config: BenchmarkConfig) -> dict[str, Any]
         "ungated": lambda: predictor.network(given),
         "gated": lambda: predictor.network(given, predictor.near_gland(given)),
     }
+    if "bf16_compiled" in _encoders(config):
+        compiled = Predictor.load(model, device=config.device, compiled=True)
+        compiled.network(given, np.arange(slices) == 0)  # compiled here
+        calls["gated_compiled"] = lambda: compiled.network(given, compiled.near_gland(given))
     for name in ("unet", "swin_unetr"):
         network = SegmentationBaseline(name).eval().to(config.device)  # type: ignore[arg-type]
         _segment(network, pair[:, :1], config.device)  # warmed up
