@@ -45,15 +45,13 @@ class FoldedAttention(_sam.Attention):  # type: ignore[name-defined]
         qkv = self.qkv(x)
         beyond = (-h % side[0], -w % side[1])
         if any(beyond):
-            padding = self.qkv(x.new_zeros(1, dim))
-            for axis, missing in zip((2, 1), reversed(beyond), strict=True):
-                if missing:
-                    size = (*qkv.shape[:axis], missing, *qkv.shape[axis + 1 :])
-                    qkv = torch.cat([qkv, padding.expand(size)], axis)
+            padded = self.qkv(x.new_zeros(1, dim)).expand(batch, h + beyond[0], w + beyond[1], -1).clone()
+            padded[:, :h, :w] = qkv
+            qkv = padded
         rows, columns = qkv.shape[1] // side[0], qkv.shape[2] // side[1]
         windows = qkv.view(batch, rows, side[0], columns, side[1], 3, self.num_heads, -1)
         windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = (x.flatten(4, 5).flatten(0, 2) for x in windows.unbind(0))
+        q, k, v = windows.reshape(3, batch * rows * columns, self.num_heads, side[0] * side[1], -1).unbind(0)
         out = self._attend(q, k, v, side)
         out = out.reshape(batch, rows, columns, self.num_heads, *side, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(out.reshape(batch, rows * side[0], columns * side[1], dim)[:, :h, :w])
