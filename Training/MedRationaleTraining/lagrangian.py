@@ -10,7 +10,7 @@ penalty     weight max(g, 0)                                                    
 multipliers.) While the running mean of g is above 1, g counts as 1 at most in the dual step: heatmaps that are far off
 at the start would else drive their multipliers to the cap before the weights have moved. After that it counts in full,
 for g has a long tail (most examples hold, a few are far off), and multipliers that never see the tail come to rest
-where its mean is still positive. With a `margin` both lines have g + margin for g, so that what scatters about its
+where its mean is still positive. With a `margin` all of this has g + margin for g, so that what scatters about its
 bound from one set of examples to the next scatters within it; reports have g itself. A multiplier is at least 0 and at
 most `cap`; one that rests at its cap says that the constraints conflict with one another or with the objective.
 """
