@@ -293,6 +293,7 @@ def test_weights_are_not_mixed_with_those_of_another_model(run: FitConfig, model
         ({"batch": 3, "micro_batch": 2}, "a multiple of micro_batch"),
         ({"constraints": ConstraintConfig(disentangle_share=1.5)}, "disentangle_share above 0 up to 1"),
         ({"model": replace(TINY, text=replace(TINY.text, kind="biomedclip"))}, "model.text.folder"),
+        ({"constraints": ConstraintConfig(margin=-0.1)}, "no negative margin"),
         ({"constraints": ConstraintConfig(heat=(0.0, -8.0))}, "positive first number in constraints.heat"),
         ({"sampling": SamplingConfig(slices=25)}, "sampling.slices from 1 to 24"),
         ({"sampling": SamplingConfig(move=2.0)}, "shares from 0 to 1"),
