@@ -34,7 +34,7 @@ from MedRationaleTraining.trainer import OF_A_MACHINE, Trainer
 _logger = logging.getLogger(__name__)
 METRICS = "metrics.json"
 ARM = "arm.json"
-"""In the folder of a run: what it is made of, and its figures once they are measured."""
+"""In the folder of a run: what it is made `of`, and its figures once they are measured, `on` what."""
 ARMS = {
     "none": "without constraints",
     "disentangle": "disentanglement only",
@@ -92,7 +92,7 @@ def ablate(
     cases: int | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Train and measure every arm with every seed; a run that is done is not repeated.
+    """Train and measure every arm with every seed; what is trained already is at most measured anew.
 
     Args:
         config: of one run, with the warmed-up model in `initial`; `out` holds a folder for each run.
@@ -150,25 +150,31 @@ def ablate(
 
 
 def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, Any]:
-    """Train and measure one run, or take what is known of it; refuses one that was begun with anything else."""
+    """Train and measure one run, or take what is known of it; refuses one that was begun with anything else.
+
+    What was trained is measured anew where it was measured on anything else.
+    """
     run = Path(config.out)
-    path = run / ARM
-    known: dict[str, Any] = {"of": _what(config, ours, test, cases)}
-    if path.exists():
-        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if earlier["of"] != known["of"]:
-            changed = sorted(k for k in known["of"] if earlier["of"].get(k) != known["of"][k])
-            raise InputError(
-                f"Expected in {run} a run of the given settings, got one with other {', '.join(changed)}; "
-                "choose another `out`, or remove that folder."
-            )
-        if "figures" in earlier:
-            return earlier
+    path, model = run / ARM, run / "model"
+    known: dict[str, Any] = {"of": _what(config)}
+    on = {"test": describe_set(test), "cases": cases, "violations": asdict(ours), "figures": FIGURES}
+    on = json.loads(json.dumps(on))
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else known
+    if earlier["of"] != known["of"]:
+        changed = sorted(k for k in known["of"] if earlier["of"].get(k) != known["of"][k])
+        raise InputError(
+            f"Expected in {run} a run of the given settings, got one with other {', '.join(changed)}; "
+            "choose another `out`, or remove that folder."
+        )
+    if earlier.get("on") == on:
+        return earlier
     run.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(known, indent=1) + "\n")
-    Trainer(config).fit()
-    model = export_run(run, run / "model", calibrate_on=config.val, cases=config.validation_cases)
+    if "on" not in earlier:
+        write_text(path, json.dumps(known, indent=1) + "\n")
+        Trainer(config).fit()
+        export_run(run, model, calibrate_on=config.val, cases=config.validation_cases)
     report = evaluate(model, test, run / "test", cases=cases, gradcam=False)
+    known["on"] = on
     known["commit"] = commit()
     known["figures"] = {
         "rma": report["evidence"]["rma_lesion"]["value"],
@@ -181,25 +187,21 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
     whole = (whole_exam(StoredExam.open(folder)) for folder in stored_exams(test, cases))
     known["violations"] = {}
     for figure, stacks in {"max_violation": drawn, "max_violation_test": whole}.items():
-        found = violations(run / "model", stacks, ours)
+        found = violations(model, stacks, ours)
         known["violations"][figure] = found
         known["figures"][figure] = max(found.values(), default=None)
     write_text(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
     return known
 
 
-def _what(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, Any]:
-    """All that the figures of a run depend on but the code, as JSON has it."""
+def _what(config: FitConfig) -> dict[str, Any]:
+    """All that the weights and thresholds of a run depend on but the code, as JSON has it."""
     settings = {k: v for k, v in asdict(config).items() if k not in (*OF_A_MACHINE, "train", "initial")}
     what = settings | {
         "train": [describe_set(folder) for folder in config.train],
         "val": describe_set(str(config.val)),
         "validation_cases": config.validation_cases,
         "initial": load_checkpoint(config.initial).sha256 if config.initial else None,
-        "test": describe_set(test),
-        "cases": cases,
-        "violations": asdict(ours),
-        "measures": FIGURES,
     }
     known: dict[str, Any] = json.loads(json.dumps(what))
     return known

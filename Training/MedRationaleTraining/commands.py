@@ -291,7 +291,8 @@ def _ablate_parser() -> ArgumentParser:
         "Train and measure the model without constraints (none), with disentanglement only (disentangle), with all\n"
         "constraints (both), with these as fixed penalties (penalty), and without our own (paper), each with several\n"
         "seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and prints the table. Goes on where\n"
-        "it stopped: a run that is done is not repeated. Calls with other --only or --seeds may run side by side.\n"
+        "it stopped: a run that is done is not repeated, with another --test or --cases only measured anew. Calls\n"
+        "with other --only or --seeds may run side by side.\n"
         "  medrationale-train ablate --config Training/configs/compact.yaml \\\n"
         "      --config Training/configs/ablation.yaml --initial MODEL --test data/synthetic/test --cases 30",
         usage="medrationale-train ablate [--config FILE]... --test SET --out OUT [--NAME VALUE]...",
