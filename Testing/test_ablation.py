@@ -96,8 +96,8 @@ def test_more_examinations_cost_no_second_training(record, config, tiny_set: Pat
     monkeypatch.setattr(ablation, "Trainer", None)
     shutil.copytree(config.out, tmp_path / "runs")
     elsewhere = replace(config, out=str(tmp_path / "runs"))
-    more = ablate(elsewhere, SETTINGS, tiny_set, seeds=[0], only=["both"], cases=2)
-    assert more["split"]["examinations"] == 2
+    more = ablate(elsewhere, SETTINGS, tiny_set, seeds=[0], only=["both"], cases=99)
+    assert more["split"]["examinations"] == len(stored_exams(tiny_set))
     then, now = record["ablation"]["both"], more["ablation"]["both"]
     assert now["max_violation"]["per_seed"] == then["max_violation"]["per_seed"][:1]
     assert now["max_violation_test"]["per_seed"] != then["max_violation_test"]["per_seed"][:1]
@@ -170,7 +170,8 @@ def test_the_command_asks_for_a_validation_set(tiny_set: Path, tmp_path: Path, c
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(record, config, tiny_set: Path) -> None:
     with pytest.raises(InputError, match=r"one with other steps; choose another `out`"):
-        ablate(replace(config, steps=3), SETTINGS, tiny_set, seeds=[0], only=["none"], cases=1)
+        ablate(replace(config, steps=3), SETTINGS, tiny_set, seeds=[9, 0], only=["none"], cases=1)
+    assert not (Path(config.out) / "none" / "seed9").exists(), "refused before any other run is begun"
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_trained(config, tiny_set: Path, tmp_path: Path) -> None:

@@ -353,6 +353,11 @@ CONFIG = str(Path(__file__).parents[1] / "Training" / "configs" / "compact.yaml"
             "one of 'bf16-mixed', '32-true' for --precision, got half",
         ),
         (["fit"], "Expected --out and --train, got none"),
+        (["fitt"], "Expected a command, got 'fitt'; did you mean fit?"),
+        (["ablate", "--only", "none"], "a list such as [one,two], or null for --only, got none; correct it.\n"),
+        (["evaluate", "--cases", "1.5"], "a whole number, or null for --cases, got 1.5; correct it.\n"),
+        (["fit", "--baseline", "resnet"], "one of 'unet', 'swin_unetr', or null for --baseline, got resnet"),
+        (["fit", "--constraints.heat", "25"], "two numbers such as [1.0,2.0], or null for --constraints.heat, got 25"),
         (["fit", "--config", "BROKEN"], 'in "BROKEN", line 1'),
     ],
 )
@@ -367,6 +372,12 @@ def test_a_mistaken_option_is_told_in_the_words_that_were_typed(
     assert main(given) == 2
     told = capsys.readouterr().err
     assert words in told and told.count("\n") == 1
+
+
+def test_an_output_that_is_a_file_is_one_sentence(tiny_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Expected an output folder, got the file"):
+        Trainer(tiny_run(tmp_path / "file", tiny_set))
 
 
 def test_an_empty_set_is_one_sentence(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.progress import track
+from rich.table import Table
 from scipy.stats import t as student
 
 from MedRationaleLib.decision_tree import DecisionTree
@@ -114,24 +115,29 @@ def ablate(
         raise InputError("Expected a validation set for the thresholds of each arm, got none; give --val.")
     if not seeds:
         raise InputError("Expected at least one seed, got none; correct --seeds.")
-    stored_exams(test, cases)
+    cases = len(stored_exams(test, cases))
     stored_exams(config.val, config.validation_cases)
+    if config.initial is None:
+        _logger.warning("no --initial: every arm begins from random weights, not from a warmed-up model")
     initial = load_checkpoint(config.initial).sha256 if config.initial else None
     out = Path(config.out)
     check_writable(out)
+    runs = [
+        (arm, replace(config, constraints=chosen[arm], seed=seed, out=str(out / arm / f"seed{seed}")))
+        for arm in ARMS
+        if arm in only
+        for seed in seeds
+    ]
+    for _, run in runs:
+        _begun(run)
     commits = set()
-    values: dict[str, dict[str, list[float | None]]] = {}
-    for name in (arm for arm in ARMS if arm in only):
-        constraints = chosen[name]
-        values[name] = {figure: [] for figure in FIGURES}
-        for seed in seeds:
-            run = out / name / f"seed{seed}"
-            _logger.info("arm %s, seed %d", name, seed)
-            given = replace(config, constraints=constraints, seed=seed, out=str(run))
-            measured = _measure(given, chosen["both"], test, cases)
-            commits.add(measured["commit"] or "unknown")
-            for figure, value in measured["figures"].items():
-                values[name][figure].append(value)
+    values: dict[str, dict[str, list[float | None]]] = {arm: {f: [] for f in FIGURES} for arm, _ in runs}
+    for arm, run in runs:
+        _logger.info("arm %s, seed %d", arm, run.seed)
+        measured = _measure(run, chosen["both"], test, cases)
+        commits.add(measured["commit"] or "unknown")
+        for figure, value in measured["figures"].items():
+            values[arm][figure].append(value)
     record = {
         "format": 2,
         "command": command,
@@ -149,27 +155,33 @@ def ablate(
     return written
 
 
-def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int | None) -> dict[str, Any]:
-    """Train and measure one run, or take what is known of it; refuses one that was begun with anything else.
-
-    What was trained is measured anew where it was measured on anything else.
-    """
+def _begun(config: FitConfig) -> dict[str, Any]:
+    """What is known of a run, from its folder or from its settings; refuses one that was begun with others."""
     run = Path(config.out)
-    path, model = run / ARM, run / "model"
-    known: dict[str, Any] = {"of": _what(config)}
-    on = {"test": describe_set(test), "cases": cases, "violations": asdict(ours), "figures": FIGURES}
-    on = json.loads(json.dumps(on))
-    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else known
-    if earlier["of"] != known["of"]:
-        changed = sorted(k for k in known["of"] if earlier["of"].get(k) != known["of"][k])
+    path, of = run / ARM, _what(config)
+    if not path.exists():
+        return {"of": of}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if known["of"] != of:
+        changed = sorted(k for k in of if known["of"].get(k) != of[k])
         raise InputError(
             f"Expected in {run} a run of the given settings, got one with other {', '.join(changed)}; "
             "choose another `out`, or remove that folder."
         )
-    if earlier.get("on") == on:
-        return earlier
-    run.mkdir(parents=True, exist_ok=True)
-    if "on" not in earlier:
+    return known
+
+
+def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases: int) -> dict[str, Any]:
+    """Train and measure one run; what is trained is not trained again, nor measured again on the same examinations."""
+    run = Path(config.out)
+    path, model = run / ARM, run / "model"
+    known = _begun(config)
+    on = {"test": describe_set(test), "cases": cases, "violations": asdict(ours), "figures": FIGURES}
+    on = json.loads(json.dumps(on))
+    if known.get("on") == on:
+        return known
+    if "on" not in known:
+        run.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(known, indent=1) + "\n")
         Trainer(config).fit()
         export_run(run, model, calibrate_on=config.val, cases=config.validation_cases)
@@ -237,19 +249,29 @@ def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": mean, "ci95": ci95, "per_seed": list(values)}
 
 
+def _cell(figure: str, row: Mapping[str, Any]) -> str:
+    if row["mean"] is None:
+        return "–"
+    if figure in MOST:
+        return f"{row['mean']:.3f} (up to {max(v for v in row['per_seed'] if v is not None):.3f})"
+    half = f" ± {(row['ci95'][1] - row['ci95'][0]) / 2:.3f}" if row["ci95"] else ""
+    return f"{row['mean']:.3f}{half}"
+
+
 def table(record: Mapping[str, Any]) -> str:
     """Markdown, as in the README."""
-
-    def cell(figure: str, row: Mapping[str, Any]) -> str:
-        if row["mean"] is None:
-            return "–"
-        if figure in MOST:
-            return f"{row['mean']:.3f} (up to {max(v for v in row['per_seed'] if v is not None):.3f})"
-        half = f" ± {(row['ci95'][1] - row['ci95'][0]) / 2:.3f}" if row["ci95"] else ""
-        return f"{row['mean']:.3f}{half}"
-
     figures = record["figures"]
     lines = ["| | " + " | ".join(figures.values()) + " |", "|---" * (len(figures) + 1) + "|"]
     for arm, rows in record["ablation"].items():
-        lines.append(f"| {ARMS[arm]} | " + " | ".join(cell(f, rows[f]) for f in figures) + " |")
+        lines.append(f"| {ARMS[arm]} | " + " | ".join(_cell(f, rows[f]) for f in figures) + " |")
     return "\n".join(lines) + "\n"
+
+
+def terminal_table(record: Mapping[str, Any]) -> Table:
+    """The same, lying on its side so that it is read in 80 columns."""
+    shown = Table()
+    for head in ("", *record["ablation"]):
+        shown.add_column(head, overflow="fold")
+    for figure, meaning in record["figures"].items():
+        shown.add_row(meaning, *(_cell(figure, rows[figure]) for rows in record["ablation"].values()))
+    return shown

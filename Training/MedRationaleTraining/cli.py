@@ -31,9 +31,9 @@ In this order:
   medrationale-train evaluate --model runs/compact/model --data data/synthetic/test --out runs/compact/test
   medrationale-train export --run runs/compact --out runs/compact/model \\
       --evaluation runs/compact/test/evaluation.json
-  medrationale-train score --model runs/compact/model --cases [CASE1,CASE2] --out runs/compact/real
+  medrationale-train score --model runs/compact/model --cases '[CASE1,CASE2]' --out runs/compact/real
 LABELS is a clone of DIAGNijmegen/picai_labels (CC BY-NC 4.0); without it the glands are procedural phantoms.
-Real examinations are prepared once and then stand beside synthetic ones, as in `fit --train [SYNTHETIC,REAL]`:
+Real examinations are prepared once and then stand beside synthetic ones, as in `fit --train '[SYNTHETIC,REAL]'`:
   medrationale-train prepare --reader picai --data IMAGES --labels LABELS --out data/real/picai
 What the constraints do, and other networks on the same data in as many steps:
   medrationale-train ablate --config Training/configs/compact.yaml --config Training/configs/ablation.yaml \\
@@ -101,8 +101,15 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
     message = " ".join(message.split())
     command = next((a for a in arguments if a in COMMANDS), "medrationale-train")
     files = [Path(value) for option, value in pairwise(arguments) if option in ("--config", "--settings")]
-    if found := re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message):
+    if (found := re.fullmatch(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)', message)) or (
+        found := re.fullmatch(
+            r'Parser key "(.+?)": Does not validate .*? Subtypes: \[(.+)\] Errors: .* Given value: (.*)', message
+        )
+    ):
         name, kind, got = found.groups()
+        kind = kind.replace(", <class 'NoneType'>", ", or null")
+        kind = re.sub(r"list\[[\w.]+\]", _KINDS["list"], kind)
+        kind = re.sub(r"tuple\[float, float\]", "two numbers such as [1.0,2.0]", kind)
         kind = re.sub(r"<class '(\w+)'>", lambda m: _KINDS.get(m[1], m[1]), kind)
         kind = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
         given = any(a.partition("=")[0] == f"--{name}" for a in arguments)
@@ -111,6 +118,10 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
         return f"Expected a YAML file of settings, got {found[1]}, which is not there; check the path."
     if 'expected "command" to be one of' in message:
         return f"Expected a command, got none; it is one of {', '.join(COMMANDS)} (`medrationale-train --help`)."
+    if found := re.match(r"argument COMMAND: invalid choice: '(.+?)'", message):
+        close = get_close_matches(found[1], COMMANDS, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        return f"Expected a command, got '{found[1]}'; {meant}`medrationale-train --help` has them."
     if found := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = " and ".join("--" + name.rpartition(".")[2] for name in found[1].split(", "))
         return f"Expected {names}, got none; `{command} --help` says what to give."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from MedRationaleLib.errors import InputError
 from MedRationaleTraining.config import BenchmarkConfig, FitConfig, check
 from MedRationaleTraining.data.cache import PrepareConfig, open_reader, prepare_set
 from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
+
+ARMS_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "ablations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +72,14 @@ def _prepare_parser() -> ArgumentParser:
         "Prepare real examinations for training: read, resample, crop round the gland, store.\n"
         "Goes on where it stopped.\n"
         "  --reader picai        --data IMAGES (picai_public_images_fold0..4 unpacked) --labels LABELS (picai_labels)\n"
-        "                        official folds: --splits splits.json --folds [1,2,3,4]\n"
+        "                        official folds: --splits splits.json --folds '[1,2,3,4]'\n"
         "  --reader prostate158  --data FOLDER with prostate158_train (and prostate158_test for --split test)\n"
         "  --reader msd          --data Task05_Prostate (no DWI, no lesions: these are then left out of the loss)\n"
         "An incomplete download is refused before anything is written. Examinations that cannot be used, for example\n"
         "with a mask on another grid, are left out and named in OUT/refused.json."
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder of the set, for `fit --train [OUT]`.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the set, for `fit --train '[OUT]'`.")
     parser.add_class_arguments(PrepareConfig)
     return parser
 
@@ -97,7 +100,7 @@ def fit_parser() -> ArgumentParser:
         "Train a model. With the same `out` it goes on from the last checkpoint.\n"
         "At the end the model folder is in OUT/model, with thresholds chosen on the validation set. For example:\n"
         "  medrationale-train fit --config Training/configs/compact.yaml --out runs/mine --optimizer.lr 1e-4",
-        usage="medrationale-train fit [--config FILE]... --train [SET,...] --out OUT [--NAME VALUE]...",
+        usage="medrationale-train fit [--config FILE]... --train '[SET,...]' --out OUT [--NAME VALUE]...",
     )
     parser.add_argument("--config", action="config", help="YAML file, such as Training/configs/compact.yaml.")
     parser.add_class_arguments(FitConfig)
@@ -160,7 +163,7 @@ def _resume(given: Namespace, console: Console) -> None:
             f"Expected a run's settings in {path}, got none that can be read ({type(error).__name__}); "
             "name the `out` folder of a fit."
         ) from error
-    config = replace(config, steps=given.steps or config.steps)
+    config = replace(config, steps=config.steps if given.steps is None else given.steps)
     check(config)
     _train(config, console)
 
@@ -270,10 +273,10 @@ def _score_parser() -> ArgumentParser:
     parser = new_parser(
         "Compare a model with an expert's masks of real examinations: volume Dice of gland, PZ and TZ, lesions found.\n"
         "A case is a folder with t2w, adc and dwi and gland.nii.gz, zones.nii.gz (1 PZ, 2 TZ), lesion.nii.gz.\n"
-        "  medrationale-train score --model runs/compact/model --cases [cases/one,cases/two] --out runs/compact/real"
+        "  medrationale-train score --model runs/compact/model --cases '[cases/one,cases/two]' --out runs/compact/real"
     )
     parser.add_argument("--model", type=str, default="compact", help="Name of a shipped model, or a model folder.")
-    parser.add_argument("--cases", type=list[Path], required=True, help="Folders, as [one,two].")
+    parser.add_argument("--cases", type=list[Path], required=True, help="Folders, as '[one,two]'.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for real_cases.json.")
     return parser
 
@@ -292,7 +295,7 @@ def _ablate_parser() -> ArgumentParser:
         "constraints (both), with these as fixed penalties (penalty), and without our own (paper), each with several\n"
         "seeds from the same warmed-up model (--initial). Writes OUT/metrics.json and prints the table. Goes on where\n"
         "it stopped: a run that is done is not repeated, with another --test or --cases only measured anew. Calls\n"
-        "with other --only or --seeds may run side by side.\n"
+        "with other --only or --seeds may run side by side; a last one with all of them makes the whole table.\n"
         "  medrationale-train ablate --config Training/configs/compact.yaml \\\n"
         "      --config Training/configs/ablation.yaml --initial MODEL --test data/synthetic/test --cases 30",
         usage="medrationale-train ablate [--config FILE]... --test SET --out OUT [--NAME VALUE]...",
@@ -300,23 +303,23 @@ def _ablate_parser() -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help="YAML file of one run, such as Training/configs/compact.yaml."
     )
-    parser.add_argument("--arms", type=Path, default=Path("Training/configs/ablations"), help="Folder of the arms.")
+    parser.add_argument("--arms", type=Path, default=ARMS_FOLDER, help="Folder of the arms' settings.")
     parser.add_argument("--test", type=Path, required=True, help="Synthetic set that the figures come from.")
-    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Of examples and phrasings.")
-    parser.add_argument("--only", type=list[str] | None, default=None, help="Some of the arms, as [none,both].")
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Each in place of --seed.")
+    parser.add_argument("--only", type=list[str] | None, default=None, help="Some of the arms, as '[none,both]'.")
     parser.add_argument("--cases", type=int | None, default=None, help="Only the first so many of the test set.")
     parser.add_class_arguments(FitConfig)
     return parser
 
 
 def _ablate(given: Namespace, console: Console) -> None:
-    from rich.markdown import Markdown
-
-    from MedRationaleTraining.ablation import ARMS, METRICS, ablate, table
+    from MedRationaleTraining.ablation import ARMS, METRICS, ablate, terminal_table
 
     own = {name: given.pop(name) for name in ("arms", "test", "seeds", "only", "cases")}
     config = fit_config(given)
-    command = "medrationale-train " + " ".join(sys.argv[1:])
+    if config.baseline is not None:
+        raise InputError("Expected a model with concepts, got a baseline; train and measure it with fit and evaluate.")
+    command = shlex.join(["medrationale-train", *sys.argv[1:]])
     record = ablate(
         config,
         own["arms"],
@@ -326,7 +329,7 @@ def _ablate(given: Namespace, console: Console) -> None:
         cases=own["cases"],
         command=command,
     )
-    console.print(Markdown(table(record)))
+    console.print(terminal_table(record))
     console.print(f"{METRICS} is in {config.out}")
 
 

@@ -99,7 +99,9 @@ def export_run(
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
     else:
-        _logger.warning("no thresholds were chosen for %s: the defaults stand; choose some with --calibrate SET", out)
+        _logger.warning(
+            "no thresholds chosen for %s, the defaults stand; choose them by `medrationale-train calibrate`", out
+        )
     real = read_scores(scores, hashlib.sha256(serialized(model)).hexdigest()) if scores else None
     set_name = Path(calibrate_on).name if calibrate_on else None
     card = model_card(model, training, postprocessing, report, set_name, real)

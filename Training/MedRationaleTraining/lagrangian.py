@@ -141,11 +141,12 @@ def summary(rows: Sequence[Kkt]) -> dict[str, float]:
 def kkt_table(record: Mapping[str, Any]) -> Table:
     """kkt.json for the terminal: the constraint that is violated most on top."""
     table = Table(
-        title=f"KKT conditions at step {record['step']}: largest violation {record['max_violation']:.3f} epsilon, "
+        title=f"KKT conditions at step {record['step']}, means since the last report: "
+        f"largest violation {record['max_violation']:.3f} epsilon, "
         f"largest |multiplier x g| {record['max_slackness']:.3f}, "
         f"stationarity {'-' if record['stationarity'] is None else format(record['stationarity'], '.2f')}"
     )
-    table.add_column("constraint")
+    table.add_column("constraint", overflow="fold")
     for name in ("g / epsilon", "multiplier", "slackness", "steps", ""):
         table.add_column(name, justify="right")
     for row in sorted(record["constraints"], key=lambda r: -r["value"]):

@@ -11,12 +11,14 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import DecisionTree
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.files import write_text
+from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.precision import bf16_in_hardware
 from MedRationaleLib.model.rationale_model import RationaleModel
@@ -44,6 +46,7 @@ from lightning.fabric import Fabric, seed_everything  # noqa: E402
 from lightning.fabric.strategies import DDPStrategy  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+logging.getLogger("lightning").handlers.clear()  # it would say all twice
 _logger = logging.getLogger(__name__)
 STATE, RUN = "state.ckpt", "run.json"
 KKT = "kkt.json"
@@ -108,6 +111,7 @@ class Trainer:
 
     def __init__(self, config: FitConfig) -> None:
         check(config)
+        check_writable(Path(config.out))
         self.config = config
         self.out = Path(config.out)
         self.dataset = StackDataset(config.train, config.sampling, length=config.steps * config.batch, seed=config.seed)
@@ -223,13 +227,15 @@ class Trainer:
             else:
                 self._describe()
             curves = Curves(self.out, self.step)
+        whole = partial(Column, no_wrap=True)  # a narrow terminal cuts the losses, not how far it is
         with Progress(
             TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
+            TextColumn("{task.description}", table_column=whole(ratio=1, overflow="ellipsis")),
             disable=not first_process,
+            expand=True,
         ) as progress:
             task = progress.add_task("", total=config.steps, completed=self.step)
             running: dict[str, float] = {}
@@ -247,7 +253,7 @@ class Trainer:
                     progress.update(task, completed=self.step, description=text)
                     if self.step - first == min(SPEED_AFTER, config.steps - first):
                         self._tell_speed(time.monotonic() - start, waited, self.step - first)
-                    if self.step % LOG_EVERY == 0:
+                    if self.step % LOG_EVERY == 0 or last:
                         curves.add("train", self.step, {"seconds": time.monotonic() - start, **running})
                     if self._kkt_due():
                         self._report(curves)
