@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 pytest.importorskip("torch")
 
@@ -22,6 +24,7 @@ from MedRationaleTraining.ablation import (  # noqa: E402
     ablate,
     arms,
     table,
+    terminal_table,
     violations,
 )
 from MedRationaleTraining.cli import main  # noqa: E402
@@ -137,6 +140,22 @@ def test_the_table_has_a_row_for_each_arm(record) -> None:
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(ARMS.values())
     most = record["ablation"]["both"]["max_violation"]["per_seed"]
     assert f"(up to {max(most):.3f})" in lines[4]  # no interval that would reach below 0
+
+
+def test_the_terminals_table_is_whole_in_80_columns(record) -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal_table(record))
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert all(arm in shown for arm in ARMS)
+    assert f"{record['ablation']['both']['max_violation']['mean']:.3f}" in shown
+
+
+def test_a_baseline_has_no_arms(tmp_path: Path, capsys) -> None:
+    given = ["ablate", "--baseline", "unet", "--train", "[none]", "--test", "none", "--out", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert "got a baseline" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_some_arms_alone_are_measured_as_in_the_whole(record, config, tiny_set: Path) -> None:

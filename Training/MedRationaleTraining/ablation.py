@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 from scipy.stats import t as student
@@ -269,9 +270,9 @@ def table(record: Mapping[str, Any]) -> str:
 
 def terminal_table(record: Mapping[str, Any]) -> Table:
     """The same, lying on its side so that it is read in 80 columns."""
-    shown = Table()
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
     for head in ("", *record["ablation"]):
-        shown.add_column(head, overflow="fold")
+        shown.add_column(head, overflow="fold", min_width=len(head))
     for figure, meaning in record["figures"].items():
         shown.add_row(meaning, *(_cell(figure, rows[figure]) for rows in record["ablation"].values()))
     return shown
