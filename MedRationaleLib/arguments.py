@@ -30,9 +30,9 @@ BATCH_HELP = """Find, measure and explain lesions in many prostate MRI examinati
 
 A folder has a subfolder for each examination (image files named as for `predict --case`, or DICOM), or the files of
 all of them, named <patient>_<study>_t2w.mha and so on. A manifest.csv has the column id and either t2w, adc, dwi and
-b_value, or case, or dicom; its paths are relative to it. Results are in OUTPUT/<id>/, and all findings in
-OUTPUT/summary.csv. An examination that fails is recorded there, and the next one's turn comes.
-PSA and contrast enhancement (DCE) are given to `predict`, one examination at a time."""
+b_value, or case, or dicom; its paths are relative to it. It may also have psa (ng/ml) and dce (positive or negative,
+what a reader saw of contrast enhancement); an empty cell is not known. Results are in OUTPUT/<id>/, and all findings
+in OUTPUT/summary.csv. An examination that fails is recorded there, and the next one's turn comes."""
 
 MODEL_HELP = """Models: which there are, what they are made of, whether they are whole; or a new one of others' weights.
 

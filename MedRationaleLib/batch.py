@@ -180,7 +180,11 @@ class Batch:
         study = source.read()
         read = round(time.perf_counter() - started, 3)
         assessment = self.predictor.assess(
-            study, progress=shown.stage, retrieval=self.retrieval, decision_tree=self.decision_tree
+            study,
+            progress=shown.stage,
+            retrieval=self.retrieval,
+            decision_tree=self.decision_tree,
+            dce=source.dce,
         )
         shown.stage("write", 0.0)
         assessment.manifest["timings_s"] = {"read": read} | assessment.manifest.get("timings_s", {})

@@ -11,11 +11,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import cast, get_args
 
+from MedRationaleLib.decision_tree import Dce
 from MedRationaleLib.dicom_stacks import _files as files_below
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import written_files
@@ -26,8 +28,13 @@ from MedRationaleLib.study import CASE_SUFFIXES, NAMES, Study
 SUMMARY_FILE, SUMMARY_START = "summary.csv", "id,status,error,"
 """The name of a batch's table, and how it begins."""
 MANIFEST_KINDS = {"t2w": {"t2w", "adc", "dwi", "b_value"}, "case": {"case", "b_value"}, "dicom": {"dicom"}}
-"""The column that a manifest must have besides `id` -> the columns that it may have."""
-MANIFEST_COLUMNS = "id and t2w (with adc, dwi, b_value), or id and case (with b_value), or id and dicom"
+"""The column that a manifest must have besides `id` -> the columns that it may have, besides CLINICAL."""
+CLINICAL = {"psa", "dce"}
+"""Columns of any manifest: PSA in ng/ml, and a reader's verdict on contrast enhancement."""
+MANIFEST_COLUMNS = (
+    "id and t2w (with adc, dwi, b_value), or id and case (with b_value), or id and dicom, and psa and dce where they "
+    "are known"
+)
 FOLDER_NAME = re.compile(r"""[^\s./\\:*?"<>|][^/\\:*?"<>|\x00-\x1f]*(?<![\s.])""")
 """What can be the name of a result folder on every system, and is not hidden."""
 
@@ -45,7 +52,9 @@ class StudySource:
     paths: tuple[Path, ...]
     """The files or the folder that it is read from."""
     row: str = ""
-    """Its row of the manifest: which sequence each file is, and the b-value."""
+    """Its row of the manifest: which sequence each file is, and what is known besides."""
+    dce: Dce = "not available"
+    """A reader's verdict on contrast enhancement."""
 
     def fingerprint(self) -> str:
         """SHA-256 over the name, size and time of change of the files that it may be read from, and its manifest row.
@@ -200,7 +209,8 @@ def _from_manifest(path: Path) -> Iterator[StudySource]:
             rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"Expected {path} to be a CSV file in UTF-8, got {error}; save it as one.") from error
-    kinds = [kind for kind, others in MANIFEST_KINDS.items() if {kind, "id"} <= set(columns) <= others | {"id"}]
+    given = set(columns) - CLINICAL
+    kinds = [kind for kind, others in MANIFEST_KINDS.items() if {kind, "id"} <= given <= others | {"id"}]
     if not kinds or len(set(columns)) < len(columns):
         got = ", ".join(columns) or "an empty file"
         hint = "save it with commas between the columns" if ";" in got else "correct its first line"
@@ -218,14 +228,10 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     name, where = row["id"], f"line {line} of {manifest}"
     if not FOLDER_NAME.fullmatch(name) or name.casefold() == SUMMARY_FILE:
         raise InputError(f"Expected an id that can name a folder in {where}, got '{name}'; choose another.")
-    text, b_value = row.get("b_value", ""), None
-    if text:
-        try:
-            b_value = float(text)
-        except ValueError:
-            b_value = math.nan
-        if not 0 < b_value < math.inf:
-            raise InputError(f"Expected a b-value above 0 s/mm² in {where}, got '{text}'; correct it.")
+    b_value, psa = _number(row, "b_value", "b-value", "s/mm²", where), _number(row, "psa", "PSA", "ng/ml", where)
+    dce = row.get("dce", "").lower().replace("-", " ") or "not available"
+    if dce not in get_args(Dce):
+        raise InputError(f"Expected a DCE that is positive, negative or empty in {where}, got '{dce}'; correct it.")
     given = {key: manifest.parent / row[key] for key in ("t2w", "adc", "dwi", "case", "dicom") if row.get(key)}
     if not given:
         raise InputError(f"Expected a path in {where}, got none for '{name}'; add it or remove the line.")
@@ -237,4 +243,23 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     else:
         read = partial(_read_files, given, b_value, {"id": name}, manifest)
     told = ",".join(f"{key}={value}" for key, value in sorted(row.items()) if value)
-    return StudySource(id=name, read=read, paths=tuple(given.values()), row=told)
+    read = read if psa is None else partial(_read_with_psa, read, psa)
+    return StudySource(id=name, read=read, paths=tuple(given.values()), row=told, dce=cast(Dce, dce))
+
+
+def _number(row: Mapping[str, str], column: str, name: str, unit: str, where: str) -> float | None:
+    text = row.get(column, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"Expected a {name} above 0 {unit} in {where}, got '{text}'; correct it.")
+    return value
+
+
+def _read_with_psa(read: Callable[[], Study], psa: float) -> Study:
+    study = read()
+    return replace(study, patient={**study.patient, "psa_ng_ml": psa})

@@ -33,7 +33,7 @@ class Model(FakePredictor):
 
     def __init__(self, **faults: BaseException) -> None:
         super().__init__()
-        self.faults, self.loaded, self.seen, self.studies = faults, 0, [], []
+        self.faults, self.loaded, self.seen, self.studies, self.verdicts = faults, 0, [], [], []
 
     def load(self, name: str, *, device: str, **how: object) -> Model:
         self.loaded += 1
@@ -42,6 +42,7 @@ class Model(FakePredictor):
     def assess(self, study, **options):
         self.seen.append(study.patient["id"])
         self.studies.append(study)
+        self.verdicts.append(options["dce"])
         self.fault = self.faults.get(study.patient["id"])
         return super().assess(study, **options)
 
@@ -193,6 +194,26 @@ def test_a_manifest_names_the_files_relative_to_itself(kind, three, tmp_path, mo
     assert model.studies[0].provenance["dwi"].b_value == (1400 if kind == "files" else None)
 
 
+@pytest.mark.parametrize("kind", ["files", "case"])
+def test_a_manifest_tells_psa_and_dce_where_they_are_known(kind, three, tmp_path):
+    header, row = MANIFESTS[kind]
+    known = {"a": ",6.2,", "b": ",,Positive", "c": ",,"}
+    lines = [f"{header},psa,dce", *(row.format(name=name) + more for name, more in known.items())]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    model = Model()
+    assert batch(tmp_path / "list.csv", tmp_path / "out", model=model) == 0
+    assert [study.patient.get("psa_ng_ml") for study in model.studies] == [6.2, None, None]
+    assert model.verdicts == ["not available", "positive", "not available"]
+
+
+def test_resume_does_again_what_another_psa_came_to(three, tmp_path):
+    manifest, model = tmp_path / "list.csv", Model()
+    for psa in ("", "7", "7"):
+        manifest.write_text(f"id,case,psa\na,in/a,{psa}\n")
+        assert batch(manifest, tmp_path / "out", "--resume", model=model) == 0
+    assert [study.patient.get("psa_ng_ml") for study in model.studies] == [None, 7.0]
+
+
 def test_a_manifest_of_dicom_folders(tmp_path):
     write_examination(tmp_path / "d")
     (tmp_path / "list.csv").write_text("id,dicom\nx,d\n")
@@ -226,6 +247,8 @@ BAD_MANIFESTS = {
     "too many cells": ("id,case\nx,in/a,1\n", "Expected 2 cells in line 2 .* got 3"),
     "b-value": ("id,case,b_value\nx,in/a,high\n", "b-value above 0 .*got 'high'"),
     "b-value of nan": ("id,case,b_value\nx,in/a,nan\n", "b-value above 0"),
+    "PSA": ("id,case,psa\nx,in/a,0\n", "PSA above 0 ng/ml in line 2 .*got '0'"),
+    "DCE": ("id,case,dce\nx,in/a,maybe\n", "DCE that is positive, negative or empty in line 2 .*got 'maybe'"),
     "open quotation": ('id,case\nx,"in/a\n', "to be a CSV file"),
     "not UTF-8": (b"id,case\n\xff\xfe,in/a\n", "CSV file in UTF-8"),
 }
