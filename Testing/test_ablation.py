@@ -71,6 +71,13 @@ def test_the_arms_differ_in_the_constraints_alone() -> None:
     assert {c.localise_share for c in chosen.values()} == {0.3}
 
 
+def test_arms_that_begin_from_random_weights_are_warned_of(record, config, tiny_set: Path, tmp_path, caplog) -> None:
+    shutil.copytree(config.out, tmp_path / "again")
+    again = replace(config, out=str(tmp_path / "again"))
+    ablate(again, SETTINGS, tiny_set, seeds=[0], only=["none"], cases=1)
+    assert "no --initial: every arm begins from random weights" in caplog.text
+
+
 def test_every_arm_is_measured_alike_and_the_record_says_how(record, config) -> None:
     assert json.loads((Path(config.out) / METRICS).read_text(encoding="utf-8")) == record
     assert record["command"] == "this" and record["seeds"] == [0, 1] and record["commit"]

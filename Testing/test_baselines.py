@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 
 from MedRationaleTraining.baselines import BaselineTrainer, SegmentationBaseline  # noqa: E402
 from MedRationaleTraining.cli import main  # noqa: E402
+from MedRationaleTraining.data.stacks import whole_exam  # noqa: E402
 from MedRationaleTraining.data.synthetic import StoredExam, stored_exams  # noqa: E402
+from MedRationaleTraining.evaluation import raw_dice  # noqa: E402
 from MedRationaleTraining.trainer import STATE, read_state  # noqa: E402
 from training_samples import small_networks, tiny_run  # noqa: E402
 
@@ -57,6 +59,13 @@ def test_a_baseline_is_trained_and_measured_by_the_same_commands(
     (model / WEIGHTS).write_bytes(b"nothing")
     assert main(["evaluate", "--model", str(model), "--data", str(one), "--out", str(out)]) == 2
     assert "Expected the weights of a unet" in capsys.readouterr().err
+
+
+def test_bfloat16_logits_are_measured_like_others(tiny_set: Path) -> None:
+    stack = whole_exam(StoredExam.open(stored_exams(tiny_set)[0]))
+    logits = torch.randn(stack.masks.shape, generator=torch.Generator().manual_seed(0))
+    found = raw_dice(logits.bfloat16(), stack)
+    assert found == raw_dice(logits, stack) and 0 < found["gland"] < 1
 
 
 def test_a_stopped_baseline_goes_on_to_the_same_bits(

@@ -665,11 +665,12 @@ def test_the_papers_configuration_is_the_papers_model() -> None:
     assert config.constraints.disentangle and config.constraints.localise and config.constraints.solver == "augmented"
 
 
+@pytest.mark.parametrize("base", [("compact",), ("compact", "comparison")])
 @pytest.mark.parametrize("name", ["unet", "swin_unetr", "no_text"])
-def test_what_a_baseline_changes_is_the_network_or_the_text_alone(name: str) -> None:
+def test_what_a_baseline_changes_is_the_network_or_the_text_alone(name: str, base: tuple[str, ...]) -> None:
     folder = ROOT / "Training" / "configs"
-    ours = config_of(folder / "compact.yaml")
-    other = config_of(folder / "compact.yaml", folder / "baselines" / f"{name}.yaml")
+    files = [folder / f"{file}.yaml" for file in base]
+    ours, other = config_of(*files), config_of(*files, folder / "baselines" / f"{name}.yaml")
     if name == "no_text":
         assert (other.loss.node_weight, other.loss.slice_weight, other.loss.rationale_weight) == (0, 0, 0)
         assert not other.constraints.disentangle and not other.constraints.localise

@@ -369,7 +369,7 @@ def quick_validation(
 
 def raw_dice(logits: torch.Tensor, stack: Stack) -> dict[str, float]:
     """(S, 4, h, w) logits at 0.5, before any post-processing -> volume Dice of each class."""
-    predicted, masks = logits.cpu().numpy() > 0, stack.masks
+    predicted, masks = (logits > 0).cpu().numpy(), stack.masks
     if masks.shape[-2:] != predicted.shape[-2:]:
         masks = torch.nn.functional.interpolate(masks, predicted.shape[-2:], mode="area")
     return {name: dice(predicted[:, c], masks[:, c].numpy() > 0.5) for c, name in enumerate(CLASSES)}
