@@ -22,6 +22,7 @@ if ABSENT:
 
 from MedRationaleTraining.cli import main  # noqa: E402
 from MedRationaleTraining.config import ConstraintConfig, FitConfig, LossConfig, OptimizerConfig, SamplingConfig, check  # noqa: E402
+from MedRationaleTraining.constraints import LESION_SHARE  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
 from MedRationaleTraining.export import export_run  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
@@ -144,9 +145,12 @@ def test_parts_of_a_batch_must_go_evenly_into_the_processes(tiny_set: Path, tmp_
         Trainer(tiny_run(tmp_path / "run", tiny_set, batch=3, micro_batch=1))
 
 
-def test_a_run_that_learns_its_text_now_and_then_resumes_to_the_same_bits(tiny_set: Path, tmp_path: Path) -> None:
-    def config(name: str, **changes) -> FitConfig:
-        return tiny_run(tmp_path / name, tiny_set, steps=4, save_every=1, loss=LossConfig(text_every=3), **changes)
+def test_a_run_that_learns_its_text_now_and_then_and_warms_up_resumes_to_the_same_bits(
+    tiny_set: Path, tmp_path: Path
+) -> None:
+    def config(name: str) -> FitConfig:
+        special = {"loss": LossConfig(text_every=3), "constraints": ConstraintConfig(start=2)}
+        return tiny_run(tmp_path / name, tiny_set, steps=4, save_every=1, **special)
 
     class Stopped(Trainer):
         def train_step(self, stacks):
@@ -238,6 +242,35 @@ def test_the_heat_of_a_run_may_begin_elsewhere_than_the_initial_models(
     trainer.fit()
     again = Trainer(begun)
     assert again.resume() and again.model.heat_bias.item() == trainer.model.heat_bias.item() != -16.0
+
+
+def test_after_a_warm_up_the_heat_begins_as_bright_as_lesions_are_large(
+    run: FitConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever Eq. 2 has left the cosines; a model whose heat was trained, or set, keeps it."""
+    caplog.set_level("INFO")
+    warm = replace(run, out=str(tmp_path / "run"), val=None, steps=3)
+    warm = replace(warm, constraints=replace(warm.constraints, start=2))
+    trainer = Trainer(warm)
+    batches = trainer.batches()
+    first = next(batches)
+    trainer.train_step(first)
+    model, described = trainer.model, trainer.objective.module.constraints.described
+    assert len(described) > 10 and model.heat_bias.item() == -8.0
+    trainer._start_heat(first)
+    with torch.no_grad():
+        output = model(torch.stack([s.images for s in first[0]]))
+        cosines = torch.stack([output.similarity(i, model.concept_embeddings[described]) for i in (0, 1)])
+    assert model.heat(cosines).mean().item() == pytest.approx(LESION_SHARE, rel=1e-3)
+    assert trainer.ema.module.heat_bias == model.heat_bias and trainer.ema.module.heat_scale == model.heat_scale
+    trainer = Trainer(warm)
+    trainer.fit()
+    assert "step 2: the heat begins at 15.0 cos" in caplog.text and trainer.model.heat_bias.item() < -9.0
+    caplog.clear()
+    for changes in ({"heat": (15.0, -8.0)}, {"disentangle": False, "localise": False}, {"start": 0}):
+        other = replace(warm, out=str(tmp_path / next(iter(changes))))
+        Trainer(replace(other, constraints=replace(warm.constraints, **changes))).fit()
+    assert "the heat begins" not in caplog.text
 
 
 def test_exported_weights_may_lie_between_those_of_the_run_and_those_it_began_from(

@@ -75,7 +75,8 @@ class ConstraintConfig:
     contain_share: float = 0.5
     """Share of a concept's heat, of each of its maps by itself, that may lie off what it describes; 1 allows all."""
     heat: tuple[float, float] | None = None
-    """a and b of the heat sigmoid(a cos + b) at the first step, untrained by Eq. 2; None: the initial model's."""
+    """a and b of the heat sigmoid(a cos + b) at the first step, untrained by Eq. 2. None: the initial model's; after a
+    warm-up (`start`), b is such that heatmaps begin as bright, on average, as lesions are large."""
     start: int = 0
     """Step from which the constraints count; the warm-up before it is Eq. 2 alone."""
     rho: float = 0.2

@@ -41,6 +41,8 @@ from MedRationaleTraining.data.stacks import Stack
 NOT_DESCRIBED = ("lesion_presence", "zone")
 """Nodes that are answered by retrieval, but do not describe a lesion's appearance."""
 CROP_MM = CropSpec.spacing_mm[0] * CropSpec.size[0]
+LESION_SHARE = TYPICAL_MM2 / CROP_MM**2
+"""Of a slice that is taken by a typical lesion."""
 FAINT = 0.002
 """Heat, as a mean over the structure, that is as good as none."""
 PRESENT = "lesion_present"
@@ -62,6 +64,11 @@ class RationaleConstraints:
         if config.localise:
             self.names += tuple(f"localise.{what}" for what in ("lesion", "nothing", "presence", "pz", "tz", "gland"))
             self.names += tuple(f"contain.{node}" for node in self.nodes)
+
+    @property
+    def described(self) -> list[int]:
+        """Index of every concept that describes a lesion's appearance."""
+        return [self._index[c] for candidates in self._candidates.values() for c in candidates]
 
     def __call__(
         self,
@@ -186,7 +193,7 @@ class RationaleConstraints:
 
     def _typical(self, total: Tensor) -> float:
         """A typical lesion's area in each slice of (S, h, w), in patches."""
-        return float(len(total) * TYPICAL_MM2 / (CROP_MM / total.shape[-1]) ** 2)
+        return len(total) * total.shape[-1] ** 2 * LESION_SHARE
 
 
 def _resized(weights: Tensor, size: torch.Size) -> Tensor:

@@ -33,6 +33,7 @@ from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.model.torchvision_guard import ensure_torchvision
 from MedRationaleTraining.config import FitConfig, check
+from MedRationaleTraining.constraints import LESION_SHARE
 from MedRationaleTraining.curves import Curves
 from MedRationaleTraining.data.stacks import Stack, StackDataset
 from MedRationaleTraining.data.synthetic import describe_set, stored_exams
@@ -243,6 +244,8 @@ class Trainer:
             first, waited = self.step, 0.0
             for parts in self.batches():
                 waited += time.monotonic() - before
+                if self.step == config.constraints.start > 0 and config.constraints.heat is None:
+                    self._start_heat(parts)
                 terms = self.train_step(parts)
                 for name, value in terms.items():
                     running[name] = 0.98 * running.get(name, value) + 0.02 * value
@@ -347,6 +350,34 @@ class Trainer:
         self.multipliers.ascend(self._mean(violated, self.multipliers.names))
         self.ema.update_parameters(self.model)
         return {k: float(v) for k, v in means.items()}
+
+    @torch.no_grad()
+    def _start_heat(self, batch: Sequence[Sequence[Stack]]) -> None:
+        """Set the heat's bias so that its mean over the batch is a typical lesion's share of a slice.
+
+        InfoNCE compares concepts with each other, so that Eq. 2 leaves open where their cosines lie: wherever that is,
+        heatmaps begin neither dark, where a sigmoid has no gradient, nor so bright that all is to be put out first. It
+        is how detectors begin with the rate of what they detect (Lin et al., 2017).
+        """
+        constrained = cast(Objective, self.objective.module).constraints if self.multipliers.names else None
+        if constrained is None:
+            return
+        model = cast(RationaleModel, self.model)
+        scale, cosines = float(model.heat_scale.exp()), []
+        concepts = model.concept_embeddings[constrained.described]
+        for stacks in batch:
+            with self.fabric.autocast():
+                output = model(torch.stack([s.images for s in stacks]).to(self.fabric.device))
+            cosines.append(torch.stack([output.similarity(i, concepts) for i in range(len(stacks))]).float())
+        low, high = -scale - 10, scale + 10
+        for _ in range(30):  # each halves what lies between
+            bias = (low + high) / 2
+            heat = [{"heat": torch.sigmoid(scale * c + bias).mean()} for c in cosines]
+            too_bright = float(self._mean(heat, ["heat"])["heat"]) > LESION_SHARE
+            low, high = (low, bias) if too_bright else (bias, high)
+        for either in (model, cast(RationaleModel, self.ema.module)):
+            either.start_heat(scale, bias)
+        _logger.info("step %d: the heat begins at %.1f cos %+.1f", self.step, scale, bias)
 
     def _mean(self, rows: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
         """Means over all parts of the batch, in all processes, of the values that occur in them."""
