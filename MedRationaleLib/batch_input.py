@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -243,8 +243,8 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     else:
         read = partial(_read_files, given, b_value, {"id": name}, manifest)
     told = ",".join(f"{key}={value}" for key, value in sorted(row.items()) if value)
-    read = read if psa is None else partial(_read_with_psa, read, psa)
-    return StudySource(id=name, read=read, paths=tuple(given.values()), row=told, dce=cast(Dce, dce))
+    known = read if psa is None else lambda: read().with_psa(psa)
+    return StudySource(id=name, read=known, paths=tuple(given.values()), row=told, dce=cast(Dce, dce))
 
 
 def _number(row: Mapping[str, str], column: str, name: str, unit: str, where: str) -> float | None:
@@ -258,8 +258,3 @@ def _number(row: Mapping[str, str], column: str, name: str, unit: str, where: st
     if not 0 < value < math.inf:
         raise InputError(f"Expected a {name} above 0 {unit} in {where}, got '{text}'; correct it.")
     return value
-
-
-def _read_with_psa(read: Callable[[], Study], psa: float) -> Study:
-    study = read()
-    return replace(study, patient={**study.patient, "psa_ng_ml": psa})

@@ -13,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -234,7 +233,7 @@ def _read_study(args: argparse.Namespace) -> Study:
         study = Study.from_files(**given, b_value=args.b_value)
     if args.b_value is not None and study.dwi is None:
         raise InputError("Expected --b-value with a DWI, got none; give the DWI with --dwi, or leave --b-value out.")
-    return study if args.psa is None else replace(study, patient={**study.patient, "psa_ng_ml": args.psa})
+    return study if args.psa is None else study.with_psa(args.psa)
 
 
 def _load(args: argparse.Namespace, load: Loader | None, stages: Stages) -> Assessor:

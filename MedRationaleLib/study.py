@@ -110,6 +110,10 @@ class Study:
         """Which of "adc" and "dwi" this examination lacks."""
         return tuple(name for name in ("adc", "dwi") if getattr(self, name) is None)
 
+    def with_psa(self, ng_ml: float) -> Study:
+        """The same with the patient's PSA in ng/ml, whose density an assessment adds."""
+        return replace(self, patient={**self.patient, "psa_ng_ml": ng_ml})
+
     @classmethod
     def from_files(
         cls,

@@ -270,6 +270,7 @@ def test_after_a_warm_up_the_heat_begins_as_bright_as_lesions_are_large(
     for changes in ({"heat": (15.0, -8.0)}, {"disentangle": False, "localise": False}, {"start": 0}):
         other = replace(warm, out=str(tmp_path / next(iter(changes))))
         Trainer(replace(other, constraints=replace(warm.constraints, **changes))).fit()
+    Trainer(replace(warm, out=str(tmp_path / "relu"), model=replace(run.model, heatmap="relu"))).fit()
     assert "the heat begins" not in caplog.text
 
 

@@ -244,7 +244,7 @@ class Trainer:
             first, waited = self.step, 0.0
             for parts in self.batches():
                 waited += time.monotonic() - before
-                if self.step == config.constraints.start > 0 and config.constraints.heat is None:
+                if self.step == config.constraints.start > 0:
                     self._start_heat(parts)
                 terms = self.train_step(parts)
                 for name, value in terms.items():
@@ -357,14 +357,15 @@ class Trainer:
 
         InfoNCE compares concepts with each other, so that Eq. 2 leaves open where their cosines lie: wherever that is,
         heatmaps begin neither dark, where a sigmoid has no gradient, nor so bright that all is to be put out first. It
-        is how detectors begin with the rate of what they detect (Lin et al., 2017).
+        is how detectors begin with the rate of what they detect (Lin et al., 2017). A heat that `constraints.heat`
+        names, or of another form, is left alone.
         """
-        constrained = cast(Objective, self.objective.module).constraints if self.multipliers.names else None
-        if constrained is None:
+        learned = self.config.model.heatmap == "sigmoid" and self.config.constraints.heat is None
+        if not (learned and self.multipliers.names):
             return
         model = cast(RationaleModel, self.model)
         scale, cosines = float(model.heat_scale.exp()), []
-        concepts = model.concept_embeddings[constrained.described]
+        concepts = model.concept_embeddings[cast(Objective, self.objective.module).constraints.described]
         for stacks in batch:
             with self.fabric.autocast():
                 output = model(torch.stack([s.images for s in stacks]).to(self.fabric.device))
