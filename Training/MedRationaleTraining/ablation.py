@@ -184,7 +184,7 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
     if "on" not in known:
         run.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(known, indent=1) + "\n")
-        Trainer(config).fit()
+        Trainer(replace(config, val=None)).fit()  # no curves: what it comes to is measured at once
         export_run(run, model, calibrate_on=config.val, cases=config.validation_cases)
     report = evaluate(model, test, run / "test", cases=cases, gradcam=False)
     known["on"] = on
