@@ -120,11 +120,14 @@ def test_violations_are_those_of_the_largest_constraint_and_never_negative(recor
     stacks = [whole_exam(StoredExam.open(folder)) for folder in stored_exams(tiny_set, 1)]
     found = violations(model, stacks, arms(SETTINGS, config.constraints)["both"])
     known = json.loads((model.parent / ARM).read_text(encoding="utf-8"))
-    assert known["violations"]["max_violation_test"] == pytest.approx(found)
+    # `evaluate` takes an examination with its mirror image, which bfloat16 may round otherwise.
+    assert known["violations"]["max_violation_test"] == pytest.approx(found, rel=0.01, abs=0.01)
     assert known["figures"]["max_violation"] == max(known["violations"]["max_violation"].values())
     assert any(name.startswith("contain") for name in found)  # that of arms that were not trained with it, too
-    assert min(found.values()) >= 0
-    assert record["ablation"]["both"]["max_violation_test"]["per_seed"][0] == pytest.approx(max(found.values()))
+    assert min(found.values()) >= 0 and max(found.values()) > 0
+    assert record["ablation"]["both"]["max_violation_test"]["per_seed"][0] == pytest.approx(
+        max(found.values()), rel=0.01
+    )
     loose = violations(model, stacks, ConstraintConfig(localise_share=50.0, disentangle=False))
     assert all(loose[name] <= found[name] for name in loose)
 
@@ -139,7 +142,7 @@ def test_an_arm_without_a_constraint_is_measured_with_it(record, config, tiny_se
     )
     for figure, stacks in (("max_violation", trained), ("max_violation_test", tested)):
         found = violations(model, stacks, ours)
-        assert record["ablation"]["paper"][figure]["per_seed"][0] == pytest.approx(max(found.values()))
+        assert record["ablation"]["paper"][figure]["per_seed"][0] == pytest.approx(max(found.values()), rel=0.01)
 
 
 def test_the_table_has_a_row_for_each_arm(record) -> None:
@@ -171,6 +174,11 @@ def test_some_arms_alone_are_measured_as_in_the_whole(record, config, tiny_set: 
     some = ablate(config, SETTINGS, tiny_set, seeds=[0, 1], only=["penalty", "none"], cases=1, command="this")
     (Path(config.out) / METRICS).write_text(whole, encoding="utf-8")
     assert some["ablation"] == {arm: record["ablation"][arm] for arm in ("none", "penalty")}
+    other = replace(config, constraints=replace(config.constraints, contain_share=0.9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "Trainer", None)  # no share has a say in weights without constraints
+        ablate(other, SETTINGS, tiny_set, seeds=[0], only=["none"], cases=1)
+    (Path(config.out) / METRICS).write_text(whole, encoding="utf-8")
     with pytest.raises(InputError, match="got neither"):
         ablate(config, SETTINGS, tiny_set, only=["neither"])
 

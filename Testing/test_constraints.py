@@ -10,7 +10,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from MedRationaleTraining.config import ConstraintConfig  # noqa: E402
-from MedRationaleTraining.constraints import CROP_MM, FAINT, TYPICAL_MM2, RationaleConstraints  # noqa: E402
+from MedRationaleTraining.constraints import (  # noqa: E402
+    CROP_MM,
+    FAINT,
+    TYPICAL_MM2,
+    RationaleConstraints,
+    at_full_shares,
+    held_at,
+    violation,
+)
 from MedRationaleTraining.data.stacks import Stack  # noqa: E402
 from MedRationaleTraining.evidence_metrics import relevance_mass  # noqa: E402
 from training_samples import TINY  # noqa: E402
@@ -232,3 +240,19 @@ def test_gradients_of_the_distances_are_finite_differences(distance) -> None:
     weight = torch.rand(4, 4, dtype=torch.float64)
     total = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: given._localised(t, mask, weight, mask.sum()), (total,))
+
+
+@pytest.mark.parametrize("distance", ["l2", "cosine", "iou"])
+def test_the_share_that_is_just_held_tells_the_violation_of_every_other(distance) -> None:
+    config = ConstraintConfig(distance=distance, disentangle_share=0.3, localise_share=0.2, contain_share=0.1)
+    drawn = Drawn(**{c: torch.full((1, SIZE, SIZE), 0.3 - 0.05 * i) for i, c in enumerate(ANSWERS.values())})
+    full = RationaleConstraints(at_full_shares(distance), DecisionTree.load(), CONCEPTS)
+    held = {name: held_at(name, value) for name, value in g(full, drawn, stack()).items()}
+    asked = g(RationaleConstraints(config, DecisionTree.load(), CONCEPTS), drawn, stack())
+    assert max(asked.values()) > 0
+    assert {n: violation(n, share, config) for n, share in held.items()} == pytest.approx(
+        {n: max(value, 0.0) for n, value in asked.items()}, abs=1e-5
+    )
+    just = ConstraintConfig(distance=distance, contain_share=min(held["contain.adc_signal"], 1.0))
+    again = RationaleConstraints(just, DecisionTree.load(), CONCEPTS)
+    assert g(again, drawn, stack())["contain.adc_signal"] == pytest.approx(0, abs=1e-5)

@@ -539,7 +539,11 @@ def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_
         row = report["retrieval"][unit]["lesion_presence"]
         assert row["n"] > 3 and 0 < row["majority"] <= 1 and 0 <= row["ci95"][0] <= row["value"] <= row["ci95"][1] <= 1
     assert report["data"] == {"name": "tiny", "split": "train", "seed": 6, "examinations": 3}
-    assert "gland Dice" in (tmp_path / "result" / "evaluation.md").read_text(encoding="utf-8")
+    told = (tmp_path / "result" / "evaluation.md").read_text(encoding="utf-8")
+    assert "gland Dice" in told
+    contained = {k: row["value"] for k, row in report["constraints"].items() if k.startswith("contain.")}
+    worst = max(contained, key=lambda name: contained[name])
+    assert f"at least {contained[worst]:.3f}" in told and f"| {worst.removeprefix('contain.')} |" in told
     # The model keeps its weights; card and configuration get the figures.
     before = load_checkpoint(model).sha256
     export_run(Path(run.out), model, evaluation=tmp_path / "result" / "evaluation.json")

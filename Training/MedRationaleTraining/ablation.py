@@ -25,9 +25,9 @@ from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.precision import autocast
 from MedRationaleTraining.config import ConstraintConfig, FitConfig, check
-from MedRationaleTraining.constraints import RationaleConstraints
-from MedRationaleTraining.data.stacks import Stack, StackDataset, whole_exam
-from MedRationaleTraining.data.synthetic import StoredExam, describe_set, stored_exams
+from MedRationaleTraining.constraints import RationaleConstraints, violation
+from MedRationaleTraining.data.stacks import Stack, StackDataset
+from MedRationaleTraining.data.synthetic import describe_set, stored_exams
 from MedRationaleTraining.evaluation import evaluate
 from MedRationaleTraining.export import export_run
 from MedRationaleTraining.provenance import commit
@@ -186,7 +186,7 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
         write_text(path, json.dumps(known, indent=1) + "\n")
         Trainer(replace(config, val=None)).fit()  # no curves: what it comes to is measured at once
         export_run(run, model, calibrate_on=config.val, cases=config.validation_cases)
-    report = evaluate(model, test, run / "test", cases=cases, gradcam=False)
+    report = evaluate(model, test, run / "test", cases=cases, gradcam=False, distance=ours.distance)
     known["on"] = on
     known["commit"] = commit()
     known["figures"] = {
@@ -196,13 +196,11 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
         "inconsistency": report["inconsistency"]["slices"]["value"],
     }
     dataset = StackDataset(config.train, config.sampling, length=STACKS, seed=OTHER_SEED)
-    drawn = (dataset[index] for index in range(STACKS))
-    whole = (whole_exam(StoredExam.open(folder)) for folder in stored_exams(test, cases))
-    known["violations"] = {}
-    for figure, stacks in {"max_violation": drawn, "max_violation_test": whole}.items():
-        found = violations(model, stacks, ours)
-        known["violations"][figure] = found
-        known["figures"][figure] = max(found.values(), default=None)
+    known["violations"] = {
+        "max_violation": violations(model, (dataset[index] for index in range(STACKS)), ours),
+        "max_violation_test": {n: violation(n, row["value"], ours) for n, row in report["constraints"].items()},
+    }
+    known["figures"] |= {figure: max(found.values(), default=None) for figure, found in known["violations"].items()}
     write_text(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
     return known
 
@@ -216,6 +214,9 @@ def _what(config: FitConfig) -> dict[str, Any]:
         "validation_cases": config.validation_cases,
         "initial": load_checkpoint(config.initial).sha256 if config.initial else None,
     }
+    constraints = config.constraints
+    if not (constraints.disentangle or constraints.localise):  # nothing else of them has a say
+        what["constraints"] = {"disentangle": False, "localise": False, "heat": constraints.heat}
     known: dict[str, Any] = json.loads(json.dumps(what))
     return known
 

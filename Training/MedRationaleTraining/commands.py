@@ -244,6 +244,7 @@ def _evaluate_parser() -> ArgumentParser:
         "Measure a model on a synthetic set, every figure with its 95 % bootstrap interval:\n"
         "  masks       Dice of gland, zones and lesions, lesion average precision, examination AUROC\n"
         "  evidence    relevance mass accuracy, pointing game and overlap of heatmaps, similarity maps and Grad-CAM\n"
+        "  constraints how far apart heatmaps are, and how near to what they describe: which shares are held\n"
         "  rationales  right concepts by node, by slice and by patient, against answers from logits and from masks;\n"
         "              zone and PI-RADS category; how often mask and rationale contradict each other\n"
         "Writes evaluation.json, evaluation.md, evidence_rma.svg and evidence_examples.svg.\n"

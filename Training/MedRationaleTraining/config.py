@@ -56,6 +56,9 @@ class LossConfig:
     """f_txt is trained at every so many steps; in between, the concept embeddings it last gave stand."""
 
 
+Distance = Literal["l2", "cosine", "iou"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConstraintConfig:
     """Constraints on the heatmaps (paper, Eq. 3) and how they are solved (Eq. 4)."""
@@ -66,7 +69,7 @@ class ConstraintConfig:
     """Together they cover what they describe, and nothing else."""
     solver: Literal["augmented", "lagrangian", "penalty"] = "augmented"
     """Augmented Lagrangian, plain Lagrangian, or fixed penalties."""
-    distance: Literal["l2", "cosine", "iou"] = "l2"
+    distance: Distance = "l2"
     """D: squared difference per pixel of the structure, 1 - cosine, or 1 - soft intersection over union."""
     disentangle_share: float = 0.4
     """epsilon_1 as a share of the distance that concepts can have while their sum is still the mask."""

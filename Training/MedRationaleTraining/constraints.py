@@ -35,7 +35,7 @@ from MedRationaleLib.evidence import TYPICAL_MM2
 from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.preprocessing import CropSpec
-from MedRationaleTraining.config import ConstraintConfig
+from MedRationaleTraining.config import ConstraintConfig, Distance
 from MedRationaleTraining.data.stacks import Stack
 
 NOT_DESCRIBED = ("lesion_presence", "zone")
@@ -47,6 +47,26 @@ FAINT = 0.002
 """Heat, as a mean over the structure, that is as good as none."""
 PRESENT = "lesion_present"
 ZONES = {"zone_pz": "pz", "zone_tz": "tz"}
+
+
+def at_full_shares(distance: Distance) -> ConstraintConfig:
+    """Settings with which g says at which share a constraint would just be held, see `held_at`."""
+    return ConstraintConfig(distance=distance, disentangle_share=1.0, localise_share=1.0, contain_share=1.0)
+
+
+def held_at(name: str, g: float) -> float:
+    """g `at_full_shares` -> the share of what is attainable at which the constraint would just be held.
+
+    It is held at that share and at less strict ones: at lower ones for disentangle, at higher ones for the other two.
+    """
+    return 1 - g if name.startswith("disentangle") else 1 + g
+
+
+def violation(name: str, held: float, config: ConstraintConfig) -> float:
+    """max(g, 0), in units of epsilon, of a constraint that would be `held_at` this share."""
+    if name.startswith("disentangle"):
+        return max(1 - held / config.disentangle_share, 0.0)
+    return max(held / (config.contain_share if name.startswith("contain") else config.localise_share) - 1, 0.0)
 
 
 class RationaleConstraints:

@@ -1,8 +1,9 @@
 """Metrics on whole synthetic examinations of patients that were not trained on.
 
 evaluation.json has format, model, weights_sha256, data, postprocessing; metrics (masks and detection) and retrieval
-(nodes of true regions and slices); evidence (see `summarise_evidence`); rationale, findings and inconsistency (see
-`summarise_rationale`). Every Estimate is {"value", "ci95", "n"}, value null where it is not defined.
+(nodes of true regions and slices); evidence (see `summarise_evidence`); constraints (the share at which each would be
+just held, see `constraints.held_at`); rationale, findings and inconsistency (see `summarise_rationale`). Every Estimate
+is {"value", "ci95", "n"}, value null where it is not defined.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from MedRationaleLib.postprocessing import (
 )
 from MedRationaleLib.synthesis.fields import PIXEL_MM, SLICE_MM
 from MedRationaleLib.synthesis.regions import Region
+from MedRationaleTraining.config import Distance
+from MedRationaleTraining.constraints import RationaleConstraints, at_full_shares, held_at
 from MedRationaleTraining.data.stacks import REGION_PIXELS, Stack, make_stack, slice_answers, whole_exam
 from MedRationaleTraining.data.synthetic import LESION_BIT, StoredExam, describe_set, stored_exams
 from MedRationaleTraining.evaluation_figures import Example, evidence_chart, example_of, example_panel
@@ -87,15 +90,25 @@ class Prediction:
     """What is true of them."""
     maps: dict[str, np.ndarray]
     """Evidence maps of every source, see `evidence_maps`; none unless asked for."""
+    constraints: dict[str, float]
+    """The share at which each constraint that occurs would just be held; none unless asked for."""
 
 
 @torch.no_grad()  # not inference mode, whose tensors Grad-CAM could not go back through
 def predict(
-    model: RationaleModel, exam: StoredExam, device: str = "cpu", *, evidence: bool = False, gradcam: bool = True
+    model: RationaleModel,
+    exam: StoredExam,
+    device: str = "cpu",
+    *,
+    evidence: bool = False,
+    gradcam: bool = True,
+    constraints: RationaleConstraints | None = None,
+    rng: np.random.Generator | None = None,
 ) -> Prediction:
     """One forward pass over all slices and their mirror image, averaged, as inference does it.
 
-    `evidence` adds the maps; Grad-CAM among them costs the decoder a second pass, there and back.
+    `evidence` adds the maps; Grad-CAM among them costs the decoder a second pass, there and back. `constraints` are
+    measured on the slices as they are, as in training; `rng` draws for them.
     """
     stack = whole_exam(exam)
     encoder: dict[str, Any] = {}
@@ -124,6 +137,9 @@ def predict(
             pair = lesion_gradcam(model, encoder["features"], encoder["detail"]).unflatten(0, (2, -1))
             cam = mean_of_mirrored(pair)
         maps = evidence_maps(model, similarity, cam, field.to(device))
+    found = {}
+    if constraints is not None:
+        found = constraints(model, output, [stack], concepts, rng or np.random.default_rng(0))
     return Prediction(
         probabilities=full.float().cpu().numpy() * valid[0],
         truth=true_masks(labels, valid[0]),
@@ -138,6 +154,7 @@ def predict(
         regions=regions * valid[0],
         rationales=exam.rationales,
         maps=maps,
+        constraints={name: held_at(name, float(g)) for name, g in found.items()},
     )
 
 
@@ -158,11 +175,11 @@ def mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:
 
 
 def predictions(
-    model: RationaleModel, folder: str | Path, cases: int | None, device: str, **maps: bool
+    model: RationaleModel, folder: str | Path, cases: int | None, device: str, **asked: Any
 ) -> Iterator[Prediction]:
-    """One after the other, with a progress bar; `maps` are what `predict` is asked for."""
+    """One after the other, with a progress bar; `asked` is what `predict` is asked for."""
     for path in track(stored_exams(folder, cases), "Assessing"):
-        yield predict(model, StoredExam.open(path), device, **maps)
+        yield predict(model, StoredExam.open(path), device, **asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +201,8 @@ class CaseResult:
     answers: dict[str, list[tuple[str, str, str, bool]]]
     """"regions" and "slices" -> (node, zone, true concept, retrieved or not)."""
     evidence: EvidenceScores
+    constraints: dict[str, float]
+    """See Prediction."""
     rationale: RationaleResult
 
 
@@ -228,6 +247,7 @@ def assess(
             "slices": _retrieved(prediction.slices[kept], [of_slices[s] for s in kept], targets, concepts),
         },
         evidence=evidence_scores(prediction.maps, places, concepts, prediction.field),
+        constraints=prediction.constraints,
         rationale=assess_rationale(prediction, masks, likelihood, tree, targets, config),
     )
 
@@ -266,8 +286,15 @@ def summarise(
         "metrics": summarise_masks([r.masks for r in results], config),
         "retrieval": retrieval,
         "evidence": summarise_evidence([r.evidence for r in results], tree, heat_thresholds),
+        "constraints": _held([r.constraints for r in results]),
         **summarise_rationale([r.rationale for r in results]),
     }
+
+
+def _held(cases: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Constraint -> the share at which it would just be held, a mean over the examinations in which it occurs."""
+    names = dict.fromkeys(name for case in cases for name in case)
+    return {name: asdict(mean([case.get(name, float("nan")) for case in cases])) for name in names}
 
 
 def _accuracies(cases: Sequence[list[tuple[str, str, str, bool]]]) -> dict[str, dict[str, Any]]:
@@ -294,12 +321,13 @@ def evaluate(
     cases: int | None = None,
     device: str = "cpu",
     gradcam: bool = True,
+    distance: Distance = "l2",
 ) -> dict[str, Any]:
     """Write evaluation.json, evaluation.md and two figures to `out`; returns what the JSON holds.
 
     The thresholds of the heatmaps' overlap are those under `heat_thresholds` of the calibration that came with the
     model, where there is one; nothing is chosen here but what is called best. Without `gradcam`, that source of
-    evidence is not defined, and a third of the time is saved.
+    evidence is not defined, and a third of the time is saved. `distance` is that of the constraints.
     """
     stored_exams(data, cases)
     check_device(device)
@@ -311,7 +339,9 @@ def evaluate(
     targets = NodeTargets(tree, concepts)
     results: list[CaseResult] = []
     examples: list[Example] = []
-    for prediction in predictions(checkpoint.model, data, cases, device, evidence=True, gradcam=gradcam):
+    constraints = RationaleConstraints(at_full_shares(distance), tree, concepts)
+    asked = {"evidence": True, "gradcam": gradcam, "constraints": constraints, "rng": np.random.default_rng(0)}
+    for prediction in predictions(checkpoint.model, data, cases, device, **asked):
         results.append(assess(prediction, config, tree, targets, concepts))
         if len(examples) < EXAMPLES:
             places = true_regions(prediction.stack, tree, prediction.field)

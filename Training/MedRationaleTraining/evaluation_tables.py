@@ -44,7 +44,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             *(f"| {n} | {_cell(r)} | {r['majority']:.3f} | {r['n']} |" for n, r in report["retrieval"][unit].items()),
         ]
     if "evidence" in report:
-        lines += [*_evidence_tables(report["evidence"]), *_rationale_tables(report)]
+        lines += _evidence_tables(report["evidence"])
+        lines += _constraint_table(report["constraints"]) if report.get("constraints") else []
+        lines += _rationale_tables(report)
     return "\n".join(lines) + "\n"
 
 
@@ -79,6 +81,32 @@ def _evidence_tables(evidence: Mapping[str, Any]) -> list[str]:
         *(f"| all of {n} | {cells(row)} |" for n, row in evidence["heatmap"]["nodes"].items()),
         *(f"| {c} | {cells(row)} |" for c, row in evidence["heatmap"]["concepts"].items()),
     ]
+
+
+CONSTRAINTS = {
+    "disentangle": ("concepts of one finding stay apart", "at most", min),
+    "localise": ("together they cover what they describe, and nothing else", "at least", max),
+    "contain": ("of each concept's heat, what lies elsewhere", "at least", max),
+}
+"""Kind of constraint -> what it asks for, which shares it is held at, and how to find the one that decides."""
+
+
+def _constraint_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "Constraints (Eq. 3): the share of what is attainable at which all of a kind would just be held, as a mean "
+        "over examinations; a `constraints.*_share` that is no stricter is held.",
+        "",
+        "| constraint | held at a share of | decided by | n |",
+        "|---|---|---|---|",
+    ]
+    for kind, (meaning, words, first) in CONSTRAINTS.items():
+        of_kind = {n: row for n, row in rows.items() if n.startswith(f"{kind}.") and row["value"] is not None}
+        if of_kind:
+            name, row = first(of_kind.items(), key=lambda item: item[1]["value"])
+            what = name.removeprefix(f"{kind}.").replace(".", ", ")
+            lines.append(f"| {kind}: {meaning} | {words} {_cell(row)} | {what} | {row['n']} |")
+    return lines
 
 
 ANSWERED_BY = {
