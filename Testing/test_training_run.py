@@ -534,6 +534,7 @@ def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_
     assert set(report["metrics"]) == {
         *("dice_gland", "dice_pz", "dice_tz", "dice_lesion", "dice_lesion_smoothed"),
         *("lesion_ap", "case_auroc", "lesion_sensitivity", "false_candidates_per_case"),
+        *("lesion_sensitivity_at_1_fp", "dice_lesion_at_1_fp"),
     }
     for unit in ("regions", "slices"):
         row = report["retrieval"][unit]["lesion_presence"]

@@ -47,6 +47,8 @@ ARMS = {
 FIGURES = {
     "rma": "visual evidence (RMA)",
     "lesion_dice": "lesion Dice",
+    "lesion_dice_at_1_fp": "lesion Dice at one false candidate an examination",
+    "lesion_ap": "lesion average precision",
     "gland_dice": "gland Dice",
     "inconsistency": "slices on which mask and rationale contradict each other",
     "max_violation": "largest violation in training, in epsilon",
@@ -192,6 +194,8 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
     known["figures"] = {
         "rma": report["evidence"]["rma_lesion"]["value"],
         "lesion_dice": report["metrics"]["dice_lesion"]["value"],
+        "lesion_dice_at_1_fp": report["metrics"]["dice_lesion_at_1_fp"]["value"],
+        "lesion_ap": report["metrics"]["lesion_ap"]["value"],
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices"]["value"],
     }

@@ -191,6 +191,16 @@ class MaskResult:
     smoothed: tuple[float, ...]
     """The paper's Dice of every slice with a lesion."""
     lesions: LesionResults
+    candidates: tuple[tuple[float, int, int], ...]
+    """Likelihood, voxels, and how many of these are in a true lesion."""
+    lesion_voxels: int
+    """Of all true lesions."""
+
+    def dice_from(self, likelihood: float) -> float:
+        """Volume Dice of the candidates from this likelihood up; nan where there is no lesion."""
+        shown = [(voxels, inside) for value, voxels, inside in self.candidates if value >= likelihood]
+        total = self.lesion_voxels + sum(voxels for voxels, _ in shown)
+        return 2 * sum(inside for _, inside in shown) / total if self.lesion_voxels else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +234,10 @@ def assess_masks(
     positive = np.flatnonzero(truth[3].any((1, 2)))
     if not positive.size:
         volume["lesion"] = float("nan")
+    sizes, inside = (np.bincount(part, minlength=len(likelihood) + 1)[1:] for part in (every.ravel(), every[truth[3]]))
     result = MaskResult(
+        candidates=tuple(zip(np.float32(likelihood).tolist(), sizes.tolist(), inside.tolist(), strict=True)),
+        lesion_voxels=int(truth[3].sum()),
         dice=volume,
         smoothed=tuple(smoothed(lesion[s], truth[3][s]) for s in positive),
         lesions=match_lesions(every, likelihood, truth[3]),
@@ -270,7 +283,10 @@ def summarise_masks(results: Sequence[MaskResult], config: PostprocessingConfig)
     """Dice and detection, each an Estimate as a mapping."""
     metrics: dict[str, Estimate] = {f"dice_{n}": mean([r.dice[n] for r in results]) for n in CLASSES}
     metrics["dice_lesion_smoothed"] = ratio([sum(r.smoothed) for r in results], [len(r.smoothed) for r in results])
-    metrics |= Detection([r.lesions for r in results]).estimates(config.lesion_likelihood)
+    detection = Detection([r.lesions for r in results])
+    metrics |= detection.estimates(config.lesion_likelihood)
+    alike = detection.threshold_for(1.0)
+    metrics["dice_lesion_at_1_fp"] = mean([r.dice_from(alike) for r in results])
     return {k: asdict(v) for k, v in metrics.items()}
 
 

@@ -19,6 +19,8 @@ LABELS = {
     "case_auroc": "examination AUROC (picai_eval)",
     "lesion_sensitivity": "lesions found at the model's threshold",
     "false_candidates_per_case": "false candidates an examination, there",
+    "lesion_sensitivity_at_1_fp": "lesions found where there is one false candidate an examination",
+    "dice_lesion_at_1_fp": "lesion Dice, there",
 }
 
 

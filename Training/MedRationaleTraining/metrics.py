@@ -126,6 +126,12 @@ class Detection:
         false = [sum(not hit and confidence >= threshold for hit, confidence, _ in r) for r in self.results]
         return found, there, false
 
+    def threshold_for(self, false_per_case: float) -> float:
+        """The lowest likelihood from which no more than so many false candidates an examination are shown."""
+        false = sorted((confidence for r in self.results for hit, confidence, _ in r if not hit), reverse=True)
+        allowed = int(false_per_case * len(self.results))
+        return float(np.nextafter(false[allowed], 1)) if len(false) > allowed else 0.0
+
     def f2(self, threshold: float) -> float:
         """F-measure with beta = 2, 5 TP / (5 TP + 4 FN + FP) over lesions: a missed lesion weighs four false ones."""
         found, there, false = (sum(v) for v in self.at(threshold))
@@ -133,7 +139,10 @@ class Detection:
         return 5 * found / total if total else float("nan")
 
     def estimates(self, threshold: float) -> Mapping[str, Estimate]:
-        """AP and AUROC over all thresholds; sensitivity and false candidates an examination at `threshold`."""
+        """AP and AUROC over all thresholds; sensitivity and false candidates an examination at `threshold`.
+
+        And sensitivity where there is one false candidate an examination, which is the same for every model.
+        """
         cases = len(self.results)
         found, there, false = self.at(threshold)
         return {
@@ -141,4 +150,5 @@ class Detection:
             "case_auroc": estimate(self.auroc, cases, cases),
             "lesion_sensitivity": ratio(found, there),
             "false_candidates_per_case": ratio(false, [1] * cases),
+            "lesion_sensitivity_at_1_fp": ratio(self.at(self.threshold_for(1.0))[0], there),
         }
