@@ -88,3 +88,41 @@ def test_with_positive_examinations_only_there_is_a_precision_but_no_auroc() -> 
     positive = Detection([[(1, 0.9, 0.5)], [(1, 0.7, 0.5), (0, 0.8, 0.0)]])
     assert positive.estimates(0.5)["case_auroc"].value is None
     assert positive.score() == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+
+
+def test_one_false_candidate_an_examination_is_an_operating_point_of_its_own_for_each_model() -> None:
+    hit, missed = (1, 0.4, 0.5), (1, 0.0, 0.0)
+    detection = Detection([[hit, (0, 0.9, 0.0), (0, 0.3, 0.0)], [missed, (0, 0.5, 0.0)], [(0, 0.2, 0.0)]])
+    shown_from = detection.threshold_for(1.0)
+    assert 0.2 < shown_from <= 0.3, "of four false candidates in three examinations, the least likely is not shown"
+    assert sum(detection.at(shown_from)[2]) == 3
+    estimates = detection.estimates(0.6)
+    assert estimates["lesion_sensitivity"].value == 0
+    assert estimates["lesion_sensitivity_at_1_fp"].value == 0.5
+    assert detection.threshold_for(2.0) == 0, "all are shown where there are no more than that"
+
+
+def test_the_dice_of_any_operating_point_follows_from_the_candidates() -> None:
+    from MedRationaleTraining.evaluation import assess_masks, summarise_masks
+
+    from MedRationaleLib.postprocessing import PostprocessingConfig
+
+    truth = np.zeros((4, 8, 64, 64), bool)
+    truth[:3, 1:7, 8:56, 8:56] = True
+    truth[1, :, :, 32:], truth[2, :, :, :32] = False, False
+    truth[3, 3:5, 20:30, 12:22] = True
+    p = np.where(truth, 0.9, 0.0).astype(np.float32)
+    p[3, 3:5, 20:30, 17:27] = 0.8
+    p[3, 3:5, 20:30, :17] = 0
+    p[3, 3:5, 40:48, 40:48] = 0.6
+    of = {
+        threshold: assess_masks(p, truth, {}, PostprocessingConfig(lesion_likelihood=threshold))[0]
+        for threshold in (0.5, 0.7, 0.9)
+    }
+    result = of[0.5]
+    assert [round(value, 1) for value, _, _ in result.candidates] == [0.8, 0.6]
+    assert result.dice_from(0.7) == pytest.approx(2 * 100 / (200 + 200))
+    for threshold, other in of.items():
+        assert result.dice_from(threshold) == pytest.approx(other.dice["lesion"])
+        alike = summarise_masks([other], PostprocessingConfig(lesion_likelihood=threshold))["dice_lesion_at_1_fp"]
+        assert alike["value"] == pytest.approx(result.dice_from(0.5)), "whatever the model's own threshold"
