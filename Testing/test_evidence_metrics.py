@@ -403,6 +403,7 @@ def prediction() -> tuple[Prediction, dict[str, np.ndarray]]:
             regions=3 * lesion.astype(np.uint8),
             rationales=(region,),
             maps={},
+            constraints={"contain.margin": 0.75},
         ),
         masks,
     )
