@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,6 +546,13 @@ def test_evaluation_gives_every_figure_with_interval_and_baseline_and_goes_into_
     contained = {k: row["value"] for k, row in report["constraints"].items() if k.startswith("contain.")}
     worst = max(contained, key=lambda name: contained[name])
     assert f"at least {contained[worst]:.3f}" in told and f"| {worst.removeprefix('contain.')} |" in told
+    # The constraints are measured by the distance that the model was trained with.
+    other = shutil.copytree(model, tmp_path / "other") / "config.json"
+    config = json.loads(other.read_text(encoding="utf-8"))
+    config["training"]["settings"]["constraints"]["distance"] = "iou"
+    other.write_text(json.dumps(config), encoding="utf-8")
+    by_overlap = evaluate(other.parent, tiny_set, tmp_path / "overlap", gradcam=False)["constraints"]["localise.gland"]
+    assert by_overlap["value"] <= 1 < report["constraints"]["localise.gland"]["value"]
     # The model keeps its weights; card and configuration get the figures.
     before = load_checkpoint(model).sha256
     export_run(Path(run.out), model, evaluation=tmp_path / "result" / "evaluation.json")

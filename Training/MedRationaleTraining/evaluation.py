@@ -337,13 +337,14 @@ def evaluate(
     cases: int | None = None,
     device: str = "cpu",
     gradcam: bool = True,
-    distance: Distance = "l2",
+    distance: Distance | None = None,
 ) -> dict[str, Any]:
     """Write evaluation.json, evaluation.md and two figures to `out`; returns what the JSON holds.
 
     The thresholds of the heatmaps' overlap are those under `heat_thresholds` of the calibration that came with the
     model, where there is one; nothing is chosen here but what is called best. Without `gradcam`, that source of
-    evidence is not defined, and a third of the time is saved. `distance` is that of the constraints.
+    evidence is not defined, and a third of the time is saved. `distance` is that of the constraints; None: the
+    one that the model was trained with.
     """
     stored_exams(data, cases)
     check_device(device)
@@ -355,6 +356,8 @@ def evaluate(
     targets = NodeTargets(tree, concepts)
     results: list[CaseResult] = []
     examples: list[Example] = []
+    if distance is None:
+        distance = checkpoint.training.get("settings", {}).get("constraints", {}).get("distance", "l2")
     constraints = RationaleConstraints(at_full_shares(distance), tree, concepts)
     asked = {"evidence": True, "gradcam": gradcam, "constraints": constraints, "rng": np.random.default_rng(0)}
     for prediction in predictions(checkpoint.model, data, cases, device, **asked):
