@@ -150,8 +150,8 @@ def test_a_frozen_text_tower_embeds_a_phrasing_once(
     assert not found[0].requires_grad and not encoder.training
 
 
-def test_lower_layers_take_smaller_steps(tiny_set: Path, tmp_path: Path) -> None:
-    config = tiny_run(tmp_path / "run", tiny_set, tuning=TuningConfig(layer_decay=0.5))
+def test_lower_layers_take_smaller_steps_and_the_projection_its_own(tiny_set: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", tiny_set, tuning=TuningConfig(layer_decay=0.5, projection=4.0))
     model = tiny_model()
     rates = {}
     for group in optimizer_of(model, config).param_groups:
@@ -161,12 +161,17 @@ def test_lower_layers_take_smaller_steps(tiny_set: Path, tmp_path: Path) -> None
     assert rates[model.f_img.patch_embed.proj.weight] == rates[model.f_img.pos_embed] == 0.25
     assert rates[model.f_img.blocks[0].attn.qkv.weight] == rates[model.f_img.blocks[0].norm1.bias] == 0.5
     assert rates[model.f_img.blocks[1].attn.qkv.weight] == rates[model.f_img.neck[0].weight] == 1.0
+    assert {rates[parameter] for parameter in model.projection.parameters()} == {4.0}
     assert rates[model.heat_scale] == HEAT_FASTER
 
 
 @pytest.mark.parametrize(
     ("tuning", "expected"),
-    [(TuningConfig(lora_rank=0), "lora_rank of at least 1"), (TuningConfig(layer_decay=1.5), "layer_decay above 0")],
+    [
+        (TuningConfig(lora_rank=0), "lora_rank of at least 1"),
+        (TuningConfig(layer_decay=1.5), "layer_decay above 0"),
+        (TuningConfig(projection=0.0), "a positive tuning.projection"),
+    ],
 )
 def test_a_tuning_that_cannot_be_is_refused(tuning: TuningConfig, expected: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=expected):

@@ -129,6 +129,9 @@ class TuningConfig:
     """Whether f_txt is trained; frozen, every phrasing is embedded once."""
     layer_decay: float = 1.0
     """Learning rate of each layer of the image encoder, against that of the layer above it."""
+    projection: float = 1.0
+    """Learning rate of the projection into the shared space, against that of the run: heatmaps are made there, so that
+    it has to change the most where they are constrained, and masks are not."""
     checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
 
@@ -271,6 +274,7 @@ def check(config: FitConfig) -> None:
          (c.start, c.report_every)),
         (config.tuning.lora_rank >= 1, "tuning.lora_rank of at least 1", config.tuning.lora_rank),
         (0 < config.tuning.layer_decay <= 1, "tuning.layer_decay above 0 up to 1", config.tuning.layer_decay),
+        (config.tuning.projection > 0, "a positive tuning.projection", config.tuning.projection),
         (o.lr > 0 and o.clip > 0 and o.weight_decay >= 0 and o.warmup_steps >= 0,
          "positive optimizer.lr and clip, and no negative weight_decay or warmup_steps",
          (o.lr, o.clip, o.weight_decay, o.warmup_steps)),

@@ -75,6 +75,7 @@ def optimizer_of(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
             heat["params"].append(parameter)
             continue
         rate = config.tuning.layer_decay ** (depth - _layer(name, depth))
+        rate *= config.tuning.projection if name.startswith("projection.") else 1.0
         group = groups.setdefault((rate, parameter.ndim > 1), {"params": [], "faster": rate})
         group["params"].append(parameter)
         if parameter.ndim <= 1:
