@@ -15,6 +15,8 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 out of memory, a fault of the programme, or an examination of a batch failed; 2 bad input; "
     "130 interrupted."
 )
+MOST_B_VALUE, MOST_PSA = 10_000, 100_000
+"""s/mm2 and ng/ml; what is above is a slip of the hand."""
 PREDICT_HELP = """Find, measure and explain lesions in one prostate MRI examination.
 
   medrationale predict --t2w t2w.nii.gz --adc adc.nii.gz --dwi dwi.nii.gz --out report
@@ -191,11 +193,11 @@ def _folder(text: str) -> Path:
 
 
 def _b_value(text: str) -> float:
-    return _positive(text, 10_000)
+    return _positive(text, MOST_B_VALUE)
 
 
 def _psa(text: str) -> float:
-    return _positive(text, 100_000)
+    return _positive(text, MOST_PSA)
 
 
 def _positive(text: str, most: float) -> float:

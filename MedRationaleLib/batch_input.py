@@ -17,6 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import cast, get_args
 
+from MedRationaleLib.arguments import MOST_B_VALUE, MOST_PSA
 from MedRationaleLib.decision_tree import Dce
 from MedRationaleLib.dicom_stacks import _files as files_below
 from MedRationaleLib.errors import InputError
@@ -228,7 +229,8 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     name, where = row["id"], f"line {line} of {manifest}"
     if not FOLDER_NAME.fullmatch(name) or name.casefold() == SUMMARY_FILE:
         raise InputError(f"Expected an id that can name a folder in {where}, got '{name}'; choose another.")
-    b_value, psa = _number(row, "b_value", "b-value", "s/mm²", where), _number(row, "psa", "PSA", "ng/ml", where)
+    b_value = _number(row, "b_value", f"b-value above 0 and up to {MOST_B_VALUE:,} s/mm²", MOST_B_VALUE, where)
+    psa = _number(row, "psa", f"PSA above 0 and up to {MOST_PSA:,} ng/ml", MOST_PSA, where)
     dce = row.get("dce", "").lower().replace("-", " ") or "not available"
     if dce not in get_args(Dce):
         raise InputError(f"Expected a DCE that is positive, negative or empty in {where}, got '{dce}'; correct it.")
@@ -247,7 +249,7 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     return StudySource(id=name, read=known, paths=tuple(given.values()), row=told, dce=cast(Dce, dce))
 
 
-def _number(row: Mapping[str, str], column: str, name: str, unit: str, where: str) -> float | None:
+def _number(row: Mapping[str, str], column: str, expected: str, most: float, where: str) -> float | None:
     text = row.get(column, "")
     if not text:
         return None
@@ -255,6 +257,6 @@ def _number(row: Mapping[str, str], column: str, name: str, unit: str, where: st
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise InputError(f"Expected a {name} above 0 {unit} in {where}, got '{text}'; correct it.")
+    if not 0 < value <= most:
+        raise InputError(f"Expected a {expected} in {where}, got '{text}'; correct it.")
     return value

@@ -292,6 +292,18 @@ def test_a_model_comes_back_from_its_folder_as_it_was_up_to_float16(folder: Path
     assert not checkpoint.model.training
 
 
+def test_convolutions_lie_channels_last_in_memory_and_say_what_they_say_otherwise(folder: Path) -> None:
+    model = load_checkpoint(folder).model
+    convolutions = [p for p in model.parameters() if p.ndim == 4]
+    assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    images = torch.randn(1, 2, 3, model.config.pixels, model.config.pixels)
+    with torch.inference_mode():
+        last = model(images)
+        first = model.to(memory_format=torch.contiguous_format)(images)
+    torch.testing.assert_close(last.mask_logits, first.mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last.embedding, first.embedding, rtol=1e-4, atol=1e-4)
+
+
 def test_the_stored_concept_embeddings_are_those_that_the_stored_text_tower_gives(tmp_path: Path) -> None:
     needs("lightning", "open_clip", "monai", "picai_eval")
     from MedRationaleTraining.trainer import store_concept_embeddings

@@ -70,7 +70,7 @@ class RationaleModel(nn.Module):
         self.heat_bias = nn.Parameter(torch.tensor(-8.0))
         """b; negative, so that most of the image is dark from the start."""
         # As CPUs and tensor cores want convolutions: a fifth less time than with channels first in memory.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
 
     def heat(self, cosine: Tensor) -> Tensor:
         """Cosine similarity -> heat of the same shape, in [0, 1] unless the configured form is "raw"."""
