@@ -61,7 +61,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command, whose name is `command`. Raises InputError for what is none of them."""
-    return _parser().parse_args(argv)
+    given, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        named = " ".join(("medrationale", given.command, *filter(None, [getattr(given, "action", None)])))
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)}; `{named} --help` shows what is expected.")
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -141,15 +141,22 @@ class Batch:
                 if rows := self._earlier(source, summary.folder / source.id):
                     summary.rows[source.id] = rows
         left = [source for source in sources if source.id not in summary.rows]
+        others = {path.parent for path in summary.folder.glob(f"*/{MANIFEST}") if written_files(path.parent)}
+        others -= {summary.folder / source.id for source in sources}
         summary.write()
         with show_examinations(len(left), quiet) as shown:
+            if others:
+                shown.say(
+                    f"{summary.folder} also holds results of {len(others)} that an earlier batch read; they stay, and "
+                    f"{SUMMARY_FILE} is of this batch alone"
+                )
             if earlier := len(sources) - len(left):
                 shown.say(f"{earlier} of {len(sources)} done earlier, with the same inputs and settings")
             for source in left:
                 shown.begin(source.id)
                 summary.rows[source.id] = rows = self._rows(source, summary.folder / source.id, shown)
                 summary.write()
-                shown.end(rows)
+                shown.end(rows, [] if rows[0].status == "failed" else _warnings(summary.folder / source.id))
 
     def _earlier(self, source: StudySource, folder: Path) -> list[Row] | None:
         """The rows of a result that is whole and was asked for in the same way; None where there is none."""
@@ -205,13 +212,22 @@ def _rows_of(name: str, folder: Path) -> list[Row]:
         "findings": len(record["findings"]),
         "gland_ml": gland_ml,
         "seconds": round(sum(manifest["timings_s"].values()), 1),
-        "warnings": len({*record["study"]["warnings"], *record["warnings"]}),
+        "warnings": len(_warnings_of(record)),
     }
     own = ("zone", "sector", "size_mm", "volume_ml", "likelihood", "t2w_score", "dwi_score", "dwi_inferred", "pirads")
     return [
         Row(**of_all, finding=finding.id, **{column: getattr(finding, column) for column in own})
         for finding in findings_of(record)
     ] or [Row(**of_all)]
+
+
+def _warnings(folder: Path) -> list[str]:
+    return _warnings_of(read_json(folder / ASSESSMENT_FILE))
+
+
+def _warnings_of(record: Mapping[str, Any]) -> list[str]:
+    """In words, each once."""
+    return list(dict.fromkeys((*record["study"]["warnings"], *record["warnings"])))
 
 
 @contextmanager
@@ -250,6 +266,7 @@ class Shown:
     def __init__(self, total: int, bars: Progress | None, quiet: bool) -> None:
         self._total, self._bars, self._quiet = total, bars, quiet
         self._done, self._name = 0, ""
+        self._warned: set[str] = set()
         self._task = bars.add_task("", total=total) if bars else None
 
     def begin(self, name: str) -> None:
@@ -260,10 +277,14 @@ class Shown:
         if self._bars and self._task is not None:
             self._bars.update(self._task, description=f"{self._name}: {STAGES.get(stage, stage)}")
 
-    def end(self, rows: Sequence[Row]) -> None:
-        """Tell what came out."""
+    def end(self, rows: Sequence[Row], warnings: Sequence[str]) -> None:
+        """Tell what came out, and of the warnings those that no earlier examination of the batch had."""
         self._done += 1
         self.say(f"[{self._done}/{self._total}] {self._name}: {_in_words(rows)}", failed=rows[0].status == "failed")
+        for warning in warnings:
+            if warning not in self._warned:
+                self.say(f"    Warning: {warning}")
+        self._warned |= set(warnings)
         if self._bars and self._task is not None:
             self._bars.update(self._task, completed=self._done)
 

@@ -22,6 +22,7 @@ from MedRationaleLib.model_folders import (
     WEIGHTS,
     ModelSettings,
     card_section,
+    check_new,
     licence,
     model_folder,
     model_folders,
@@ -70,16 +71,17 @@ def info(args: argparse.Namespace) -> int:
     console.print(Text(settings.model.name, "bold"))
     if settings.warning:
         console.print(Text(f"Warning: {settings.warning}", "yellow"), soft_wrap=True)
-    if problem := inspect_model(folder).problem:
-        console.print(Text(problem, "red"), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, value in (*_architecture(settings), *_provenance(settings)):
         table.add_row(Text(what, "dim"), value)
     console.print(table)
+    if problem := inspect_model(folder).problem:  # the figures are of other weights
+        sys.stderr.write(f"medrationale: {problem}\n")
+        return 2
     figures = _first_table(card_section(folder, "Figures"))
     console.print(Text(f"\nFigures ({CARD} has them all)" if figures else f"\nNo figures in {CARD}", "bold"))
     console.print(Markdown(figures))
-    return 2 if problem else 0
+    return 0
 
 
 def verify_model(args: argparse.Namespace) -> int:
@@ -112,7 +114,7 @@ def import_weights(args: argparse.Namespace) -> int:
         ensure_torchvision()
         import open_clip  # noqa: F401 - first of all, so that nothing is fetched where the train extra is missing
 
-        from MedRationaleLib.model.importing import check_new, import_model
+        from MedRationaleLib.model.importing import import_model
 
         check_new(args.out)
         config = _config(args.pixels)

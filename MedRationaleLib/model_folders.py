@@ -28,6 +28,12 @@ UNTRAINED = (
 State = Literal["trained", "imported, not trained", "not trained"]
 
 
+def check_new(out: Path) -> None:
+    """Refuse a folder that holds anything: a model that was trained in it must not be lost."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"Expected a new folder for the model, got {out}, which is not empty; choose another name.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """What config.json of a model folder says, in the words of today's format."""

@@ -96,6 +96,8 @@ class Step:
     """Highest heat within the lesion, and on all slices."""
     before: str | None
     """The answer that a reader changed, in words."""
+    unanswered: bool
+    """It is for a reader, and nobody has answered: the tree's default stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +215,7 @@ def _finding_view(
                 slice=at,
                 hottest=hottest,
                 before=_words(step.overridden, tree.bank) if step.overridden else None,
+                unanswered=not asked and not step.overridden and step.concept == tree.nodes[step.node].default,
             )
         )
     return FindingView(

@@ -318,6 +318,19 @@ def test_the_summary_has_a_row_for_each_finding(three, tmp_path):
         assert int(row["warnings"]) == len(record["study"]["warnings"]) > 0
 
 
+def test_each_warning_is_told_once_and_so_are_results_that_are_not_of_this_batch(three, tmp_path, capsys):
+    assert batch(three, tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "a" / "assessment.json").read_text(encoding="utf-8"))
+    assert record["study"]["warnings"]
+    assert all(told.count(f"    Warning: {warning}\n") == 1 for warning in record["study"]["warnings"])
+    assert "earlier batch" not in told
+    shutil.rmtree(three / "a")
+    assert batch(three, tmp_path / "out") == 0
+    assert "also holds results of 1 that an earlier batch read" in capsys.readouterr().err
+    assert statuses(tmp_path / "out") == dict.fromkeys("bc", "done") and (tmp_path / "out" / "a").is_dir()
+
+
 def test_the_summary_tells_a_dwi_score_that_is_inferred(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     save(volume(), tmp_path / "in" / "a" / "t2w.mha")
@@ -337,7 +350,7 @@ def test_each_examination_is_a_line_where_there_is_no_terminal(three, tmp_path, 
     printed = capsys.readouterr()
     path = (tmp_path / "out" / "summary.csv").resolve()
     assert printed.out == f"2 of 3 examinations done, 1 failed: {path}\n"
-    first, second, third = printed.err.splitlines()[-3:]
+    first, second, third = [line for line in printed.err.splitlines() if line.startswith("[")]
     assert first.startswith("[1/3] a: 2 findings, PI-RADS 5 (") and third.startswith("[3/3] c: 2 findings")
     assert second.startswith("[2/3] b: failed: out of memory")
     assert batch(three, tmp_path / "out", "--quiet", model=Model(b=MemoryError())) == 1

@@ -483,6 +483,12 @@ def test_help_of_predict_lists_every_option(capsys):
     ] == []
 
 
+def test_an_unknown_option_points_to_the_help_of_its_command(capsys):
+    for argv, command in ((["predict", "--foo", "1"], "predict"), (["model", "list", "--foo"], "model list")):
+        assert main(argv) == 2
+        assert f"`medrationale {command} --help`" in sentence(capsys.readouterr().err)
+
+
 def test_a_wrong_command_line_is_one_sentence(capsys):
     for argv in ([], ["predcit"], ["predict"], ["batch", "--input", "x"], ["phantom", "--out", "x", "--seed", "-1"]):
         assert main(argv) == 2

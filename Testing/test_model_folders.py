@@ -189,7 +189,8 @@ def test_info_tells_sizes_provenance_terms_and_the_first_figures(
 def test_info_of_damaged_weights_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
     assert main(["model", "info", str(folder)]) == 2
-    assert "copy the folder" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert told.err.startswith("medrationale: ") and "copy the folder" in told.err and "Figures" not in told.out
 
 
 def test_info_of_the_shipped_model_tells_the_runs_before(capsys: pytest.CaptureFixture[str]) -> None:

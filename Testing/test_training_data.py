@@ -56,7 +56,7 @@ def test_an_examination_depends_on_seed_and_number_alone(tiny_set: Path, tmp_pat
 
 
 def test_a_folder_with_a_set_of_other_settings_is_refused(tiny_set: Path) -> None:
-    with pytest.raises(InputError, match="same settings"):
+    with pytest.raises(InputError, match="same settings in .*, got one with seed 6; choose"):
         make_set(tiny_set, SynthesisConfig(cases=3, seed=7))
 
 

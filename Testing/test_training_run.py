@@ -573,7 +573,7 @@ def test_figures_of_other_weights_do_not_get_into_a_card(run: FitConfig, tmp_pat
 
 
 def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
-    run: FitConfig, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: FitConfig, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     from MedRationaleLib.postprocessing import PostprocessingConfig
 
@@ -589,6 +589,12 @@ def test_thresholds_chosen_on_a_set_are_stored_and_read_by_inference(
     again, before = load_checkpoint(tmp_path / "again"), load_checkpoint(folder)
     assert again.postprocessing == stored and again.sha256 == before.sha256
     assert again.training["calibration"] == before.training["calibration"]
+    # A folder that holds a model is not written over.
+    capsys.readouterr()
+    for command in (["calibrate", "--model", "compact", "--data", str(tiny_set)], ["export", "--run", run.out]):
+        assert main([*command, "--out", str(folder)]) == 2 and "Expected a new folder" in capsys.readouterr().err
+    assert main(["export", "--run", run.out, "--out", str(tmp_path / "new")]) == 0
+    assert f"of {run.steps} of {run.steps} steps" in " ".join(capsys.readouterr().out.split())
     assert (
         main(["calibrate", "--model", str(folder), "--data", str(tmp_path / "no"), "--out", str(tmp_path / "x")]) == 2
     )
@@ -644,7 +650,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Path, capsys, caplog) -> None:
     run = tmp_path / "run"
     Trainer(tiny_run(run, tiny_set, steps=2, save_every=1)).fit()
     moved = run.rename(tmp_path / "moved")
@@ -657,7 +663,9 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Pat
     assert list((moved / "tensorboard").iterdir())
     # Nothing is left to train: settings that no step was trained with are not written down.
     before = (moved / "run.json").read_bytes()
-    Trainer(tiny_run(moved, tiny_set, steps=2, save_every=1, batch=4)).fit()
+    with caplog.at_level("WARNING"):
+        Trainer(tiny_run(moved, tiny_set, steps=2, save_every=1, batch=4)).fit()
+    assert "its settings are others, and stay as they are: steps, batch" in caplog.text
     assert (moved / "run.json").read_bytes() == before and read_state(moved / STATE)["step"] == 3
     assert main(["resume", "--run", str(tmp_path)]) == 2
     assert "Expected a run's settings in" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.sam_weights import SamWeights, read_sam
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.model.weight_files import Taken
-from MedRationaleLib.model_folders import TEXT, UNTRAINED
+from MedRationaleLib.model_folders import TEXT, UNTRAINED, check_new
 from MedRationaleLib.resources import resource_path
 
 SEED = 0
@@ -113,12 +113,6 @@ def import_model(
             precision=torch.float32,
         )
     return result
-
-
-def check_new(out: Path) -> None:
-    """Refuse a folder that holds anything: a model that was trained in it must not be lost."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"Expected a new folder for the model, got {out}, which is not empty; choose another name.")
 
 
 def _assembled(

@@ -85,8 +85,8 @@ def _unwrapped(content: Any, path: Path, what: str) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, what: str, error: Exception) -> InputError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = next(iter(str(error).splitlines()), "").partition(". ")[0]
+    told = f" ({reason[:160]})" if isinstance(error, (RuntimeError, OSError, pickle.UnpicklingError)) and reason else ""
     return InputError(
-        f"Expected {what} in {path}, got a file that is damaged, truncated or of another kind ({reason[:160]}); "
-        "fetch it anew."
+        f"Expected {what} in {path}, got a file that is damaged, truncated or of another kind{told}; fetch it anew."
     )

@@ -204,9 +204,11 @@ def _export(given: Namespace, console: Console) -> None:
     config = None
     if given.settings is not None:
         config = fit_config(fit_parser().parse_args(["--config", str(given.settings)]))
-    from MedRationaleLib.model_folders import CARD, CONFIG, WEIGHTS
+    from MedRationaleLib.model_folders import CARD, CONFIG, WEIGHTS, check_new, read_settings
     from MedRationaleTraining.export import export_run
 
+    if given.evaluation is None:  # with one, the model that was evaluated gets its figures
+        check_new(given.out)
     folder = export_run(
         given.run,
         given.out,
@@ -218,7 +220,9 @@ def _export(given: Namespace, console: Console) -> None:
         initial_share=given.initial_share,
     )
     size = sum((folder / name).stat().st_size for name in (CARD, CONFIG, WEIGHTS)) / 1e6
-    console.print(f"The model is in {folder} ({size:.1f} MB)")
+    training = read_settings(folder).training
+    steps = f"{training['steps']} of {training['settings']['steps']} steps"
+    console.print(f"The model, of {steps}, is in {folder} ({size:.1f} MB)")
 
 
 def _calibrate_parser() -> ArgumentParser:
@@ -234,8 +238,10 @@ def _calibrate_parser() -> ArgumentParser:
 
 
 def _calibrate(given: Namespace, console: Console) -> None:
+    from MedRationaleLib.model_folders import check_new
     from MedRationaleTraining.export import recalibrate
 
+    check_new(given.out)
     console.print(f"The model is in {recalibrate(given.model, given.data, given.out, cases=given.cases)}")
 
 

@@ -48,6 +48,7 @@ from lightning.fabric.strategies import DDPStrategy  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 logging.getLogger("lightning").handlers.clear()  # it would say all twice
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # else it names the precision, without being asked
 _logger = logging.getLogger(__name__)
 STATE, RUN = "state.ckpt", "run.json"
 KKT = "kkt.json"
@@ -205,13 +206,16 @@ class Trainer:
             "initial": self.initial,
         }
         if path.exists() and self.step:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            changed = _changes(earlier.get("config", {}), now["config"])
-            now["history"] = earlier.get("history", [])
-            if changed:
+            now["history"] = json.loads(path.read_text(encoding="utf-8")).get("history", [])
+            if changed := self._changed():
                 _logger.warning("going on with other settings than before: %s", ", ".join(changed))
                 now["history"].append({"step": self.step, "changed": changed})
         write_text(path, json.dumps(now, indent=1) + "\n")
+
+    def _changed(self) -> dict[str, Any]:
+        """The settings that differ from those in run.json: name -> before and now."""
+        earlier = json.loads((self.out / RUN).read_text(encoding="utf-8"))
+        return _changes(earlier.get("config", {}), json.loads(json.dumps(asdict(self.config))))
 
     # ------------------------------------------------------------ loop
 
@@ -225,6 +229,11 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             if 0 < config.steps <= self.step and (self.out / RUN).exists():
                 _logger.info("nothing is left to train: %s is at step %d of %d", self.out, self.step, config.steps)
+                if changed := self._changed():
+                    _logger.warning(
+                        "its settings are others, and stay as they are: %s; choose another `out` to train with these",
+                        ", ".join(changed),
+                    )
             else:
                 self._describe()
             curves = Curves(self.out, self.step)
@@ -284,9 +293,10 @@ class Trainer:
         made = tries / (time.monotonic() - begin) * max(1, self.config.workers)
         taken = steps * self.config.batch / self.fabric.world_size / max(seconds, 1e-6)
         _logger.info(
-            "loader: %.2f stacks/s in %d worker(s) beside the training; the training takes %.2f stacks/s (ratio %.1f) "
-            "and waited for examples %.0f %% of the time",
-            made, self.config.workers, taken, made / taken, 100 * waited / max(seconds, 1e-6),
+            "loader: %.2f stacks/s %s; the training takes %.2f stacks/s (ratio %.1f) and waited for examples "
+            "%.0f %% of the time",
+            made, f"in {self.config.workers} worker(s) beside the training" if self.config.workers else "by itself",
+            taken, made / taken, 100 * waited / max(seconds, 1e-6),
         )  # fmt: skip
 
     def batches(self) -> Iterator[list[list[Stack]]]:

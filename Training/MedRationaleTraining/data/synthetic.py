@@ -78,15 +78,24 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     stamp = out / STAMP
     wanted = json.dumps(settings)
-    if stamp.exists() and stamp.read_text(encoding="utf-8") != wanted:
+    if stamp.exists() and (known := stamp.read_text(encoding="utf-8")) != wanted:
         raise InputError(
-            f"Expected a set made with the same settings in {out}, got {stamp.read_text(encoding='utf-8')}; "
+            f"Expected a set made with the same settings in {out}, got one with {_other(known, json.loads(wanted))}; "
             "choose another folder or remove this one."
         )
     write_text(stamp, wanted)
     for leftover in out.glob(".*"):
         if re.fullmatch(r"\..+\.\d+", leftover.name):  # of a run that was killed
             shutil.rmtree(leftover)
+
+
+def _other(stamp: str, settings: dict[str, Any]) -> str:
+    """The settings of a set that was made before, as far as they are others."""
+    try:
+        known: dict[str, Any] = json.loads(stamp)
+        return ", ".join(f"{name} {value}" for name, value in known.items() if settings.get(name) != value) or "fewer"
+    except (ValueError, AttributeError):
+        return f"settings that cannot be read in {STAMP}"
 
 
 def store_exam(folder: Path, *, images: np.ndarray, labels: np.ndarray, record: dict[str, Any]) -> None:
