@@ -91,7 +91,9 @@ def summarise(assessment: Assessment, report: Path, console: Console) -> None:
     volumes = assessment.volumes_ml
     zones = ", ".join(f"{name.upper()} {volumes[name]:.1f}" for name in ("pz", "tz") if name in volumes)
     ellipsoid = f"; ellipsoid formula {volumes['ellipsoid']:.1f} ml" if "ellipsoid" in volumes else ""
-    say(f"Gland {volumes.get('gland', 0.0):.1f} ml ({zones}){ellipsoid}")
+    known = assessment.study.patient.get("psa_density_ng_ml2")
+    density = "" if known is None else f"; PSA density {known:.2f} ng/ml²"
+    say(f"Gland {volumes.get('gland', 0.0):.1f} ml ({zones}){ellipsoid}{density}")
     for note in weakened_answers(assessment):
         say(f"Weaker: {note}", "yellow")
     for finding in assessment.findings:

@@ -182,6 +182,14 @@ def test_an_examination_without_lesion_says_so(case, tmp_path):
     assert list(weakened_answers(empty)) == []
 
 
+def test_the_density_of_the_psa_is_told_beside_the_gland(case, tmp_path):
+    study, stream = Study.from_case(case), io.StringIO()
+    found = assess_by_hand(study, drawn_masks(study.t2w), ())
+    known = replace(found.study, patient={"psa_density_ng_ml2": 0.114})
+    summarise(replace(found, study=known), tmp_path / "report.html", console_for(stream))
+    assert "; PSA density 0.11 ng/ml²\n" in stream.getvalue()
+
+
 def test_an_examination_without_a_prostate_is_called_not_assessed(case, tmp_path):
     study, stream = Study.from_case(case), io.StringIO()
     blind = replace(assess_by_hand(study, drawn_masks(study.t2w), ()), volumes_ml={"gland": 0.0})

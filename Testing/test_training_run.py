@@ -671,6 +671,14 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(tiny_set: Path, tmp_path: Pat
     assert "Expected a run's settings in" in capsys.readouterr().err
 
 
+def test_a_validation_set_that_is_trained_on_is_warned_of(tiny_set: Path, tmp_path: Path, caplog) -> None:
+    with caplog.at_level("WARNING"):
+        Trainer(tiny_run(tmp_path / "run", tiny_set))
+        assert "trained on" not in caplog.text
+        Trainer(tiny_run(tmp_path / "run", tiny_set, val=f"{tiny_set}/"))
+    assert f"{tiny_set}/ is trained on, too" in caplog.text
+
+
 def test_an_interrupt_says_how_to_go_on(tiny_set: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt

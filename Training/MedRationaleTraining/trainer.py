@@ -119,6 +119,8 @@ class Trainer:
         self.dataset = StackDataset(config.train, config.sampling, length=config.steps * config.batch, seed=config.seed)
         if config.val:
             stored_exams(config.val)
+            if Path(config.val).resolve() in {Path(folder).resolve() for folder in config.train}:
+                _logger.warning("%s is trained on, too: curves and thresholds on it say nothing of others", config.val)
         self.bank = ConceptBank.load()
         self.tree = DecisionTree.load()
         self.fabric = _fabric(config)
