@@ -69,7 +69,7 @@ class RationaleModel(nn.Module):
         """log of a in sigmoid(a cos + b)."""
         self.heat_bias = nn.Parameter(torch.tensor(-8.0))
         """b; negative, so that most of the image is dark from the start."""
-        # As CPUs and tensor cores want convolutions: a fifth less time than with channels first in memory.
+        # As CPUs and tensor cores want convolutions: less time than with channels first in memory.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
 
     def heat(self, cosine: Tensor) -> Tensor:
