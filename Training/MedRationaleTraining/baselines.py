@@ -51,6 +51,7 @@ class SegmentationBaseline(nn.Module):
             self.network: nn.Module = BasicUNet(spatial_dims=2, in_channels=3, out_channels=len(CLASSES))
         else:
             self.network = SwinUNETR(spatial_dims=2, in_channels=3, out_channels=len(CLASSES), feature_size=24)
+        self.to(memory_format=torch.channels_last)  # as ours
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, S, 3, H, W) -> (B, S, classes, 128, 128) logits, of the size that the masks of the examples have."""
@@ -91,7 +92,7 @@ def export_baseline(run: Path, out: Path, *, name: Literal["unet", "swin_unetr"]
     postprocessing: dict[str, float] = {}
     if calibrate_on is not None:
         postprocessing = calibrate_masks(_masks(model, calibrate_on, None, "cpu"), calibrate_on).postprocessing
-    weights = save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    weights = save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()})
     about = {
         KIND: name,
         "steps": int(state["step"]),

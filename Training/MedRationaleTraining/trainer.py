@@ -128,7 +128,7 @@ class Trainer:
         self.vocabulary: list[int] = []
         self.initial: dict[str, Any] | None = None
         objective = self._build()
-        self.model = objective.model.to(memory_format=torch.channels_last)
+        self.model = objective.model
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer_of(self.model, config))
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema), use_buffers=False)
         self.multipliers = Multipliers(objective.constrained, config.constraints).to(self.fabric.device)
