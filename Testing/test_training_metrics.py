@@ -100,6 +100,9 @@ def test_one_false_candidate_an_examination_is_an_operating_point_of_its_own_for
     assert estimates["lesion_sensitivity"].value == 0
     assert estimates["lesion_sensitivity_at_1_fp"].value == 0.5
     assert detection.threshold_for(2.0) == 0, "all are shown where there are no more than that"
+    assert sum(detection.at(0.0)[0]) == 1, "and what no candidate hits is missed all the same"
+    few = Detection([[hit, missed], [(0, 0.2, 0.0)], [(0, 0.1, 0.0)]])
+    assert few.estimates(0.6)["lesion_sensitivity_at_1_fp"].value == 0.5
 
 
 def test_the_dice_of_any_operating_point_follows_from_the_candidates() -> None:

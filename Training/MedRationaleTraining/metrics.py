@@ -121,7 +121,7 @@ class Detection:
 
     def at(self, threshold: float) -> tuple[list[int], list[int], list[int]]:
         """Per examination at an operating point: lesions found, lesions there, false candidates."""
-        found = [sum(bool(hit) and confidence >= threshold for hit, confidence, _ in r) for r in self.results]
+        found = [sum(bool(hit) and 0 < confidence >= threshold for hit, confidence, _ in r) for r in self.results]
         there = [sum(hit for hit, _, _ in r) for r in self.results]
         false = [sum(not hit and confidence >= threshold for hit, confidence, _ in r) for r in self.results]
         return found, there, false
