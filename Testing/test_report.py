@@ -358,14 +358,14 @@ def test_what_a_reader_changed_is_told_wherever_the_category_is(assessment: Asse
     assert "changed by the reader" in step and "ahead of the next" not in step
 
 
-def test_a_default_that_nobody_answered_is_not_called_the_readers(assessment: Assessment) -> None:
+def test_what_nobody_answered_is_called_not_given_as_in_the_panel(assessment: Assessment) -> None:
     tree = DecisionTree.load()
     finding, step = next((f, s) for f in assessment.findings for s in f.rationale if s.source == "reader")
     default = tree.nodes[step.node].default
     left = replace(step, concept=default, text=tree.bank[default].text, overridden=None)
     rationale = tuple(left if s is step else s for s in finding.rationale)
     html = build_report(replace(assessment, findings=(replace(finding, rationale=rationale),)))
-    assert '<span class="source reader">default</span>' in html and "Nobody has answered" in html
+    assert '<span class="source reader">not given</span>' in html and "Nobody has answered" in html
 
 
 def test_a_dwi_score_that_no_diffusion_shows_is_called_inferred(assessment: Assessment) -> None:

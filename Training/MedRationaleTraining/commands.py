@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from MedRationaleLib.errors import InputError
+from MedRationaleLib.model_folders import CARD, CONFIG, WEIGHTS, check_new, read_settings
 from MedRationaleTraining.config import BenchmarkConfig, FitConfig, check
 from MedRationaleTraining.data.cache import PrepareConfig, open_reader, prepare_set
 from MedRationaleTraining.data.synthetic import SynthesisConfig, make_set
@@ -204,7 +205,6 @@ def _export(given: Namespace, console: Console) -> None:
     config = None
     if given.settings is not None:
         config = fit_config(fit_parser().parse_args(["--config", str(given.settings)]))
-    from MedRationaleLib.model_folders import CARD, CONFIG, WEIGHTS, check_new, read_settings
     from MedRationaleTraining.export import export_run
 
     if given.evaluation is None:  # with one, the model that was evaluated gets its figures
@@ -238,7 +238,6 @@ def _calibrate_parser() -> ArgumentParser:
 
 
 def _calibrate(given: Namespace, console: Console) -> None:
-    from MedRationaleLib.model_folders import check_new
     from MedRationaleTraining.export import recalibrate
 
     check_new(given.out)

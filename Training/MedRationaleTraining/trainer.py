@@ -48,8 +48,8 @@ from lightning.fabric.strategies import DDPStrategy  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 logging.getLogger("lightning").handlers.clear()  # it would say all twice
-for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last tells the precision, unasked
-    logging.getLogger(name).setLevel(logging.WARNING)
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it, or the next where that was imported, too, tells
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the precision without being asked
 _logger = logging.getLogger(__name__)
 STATE, RUN = "state.ckpt", "run.json"
 KKT = "kkt.json"

@@ -93,7 +93,8 @@ def _other(stamp: str, settings: dict[str, Any]) -> str:
     """The settings of a set that was made before, as far as they are others."""
     try:
         known: dict[str, Any] = json.loads(stamp)
-        return ", ".join(f"{name} {value}" for name, value in known.items() if settings.get(name) != value) or "fewer"
+        others = [f"{name} {value}" for name, value in known.items() if settings.get(name) != value]
+        return ", ".join(others) or "fewer settings"
     except (ValueError, AttributeError):
         return f"settings that cannot be read in {STAMP}"
 
