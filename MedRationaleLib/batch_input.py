@@ -216,13 +216,24 @@ def _from_manifest(path: Path) -> Iterator[StudySource]:
         got = ", ".join(columns) or "an empty file"
         hint = "save it with commas between the columns" if ";" in got else "correct its first line"
         raise InputError(f"Expected the columns {MANIFEST_COLUMNS}, got {got} in {path}; {hint}.")
+    sources, mistakes = [], {}
     for line, cells in rows:
-        if len(cells) > len(columns):
-            raise InputError(
-                f"Expected {len(columns)} cells in line {line} of {path}, got {len(cells)}; put a cell that holds a "
-                "comma into quotation marks."
-            )
-        yield _from_row(dict(zip_longest(columns, cells, fillvalue="")), kinds[0], path, line)
+        try:
+            if len(cells) > len(columns):
+                raise InputError(
+                    f"Expected {len(columns)} cells in line {line} of {path}, got {len(cells)}; put a cell that holds "
+                    "a comma into quotation marks."
+                )
+            row = dict(zip_longest(columns, cells, fillvalue=""))
+            sources.append(_from_row(row, kinds[0], path, line))
+        except InputError as error:
+            mistakes[line] = str(error)
+    if mistakes:
+        first, *others = mistakes
+        word = "line" if len(others) == 1 else "lines"
+        also = f" Also wrong: {word} {', '.join(map(str, others))}." if others else ""
+        raise InputError(mistakes[first] + also)
+    yield from sources
 
 
 def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> StudySource:
@@ -237,6 +248,8 @@ def _from_row(row: dict[str, str], kind: str, manifest: Path, line: int) -> Stud
     given = {key: manifest.parent / row[key] for key in ("t2w", "adc", "dwi", "case", "dicom") if row.get(key)}
     if not given:
         raise InputError(f"Expected a path in {where}, got none for '{name}'; add it or remove the line.")
+    if kind == "t2w" and b_value is not None and "dwi" not in given:
+        raise InputError(f"Expected a DWI beside the b-value in {where}, got none; add it or leave the b-value empty.")
     read: Callable[[], Study]
     if kind == "dicom":
         read = partial(Study.from_dicom, given["dicom"])

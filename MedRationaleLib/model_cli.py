@@ -40,10 +40,11 @@ SHOWN = 5
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """A row for each model; those that cannot be used say why below."""
+    """A row for each model; those that cannot be used, or are none, say why below."""
     console = console_for(sys.stdout)
-    table, problems = _table(console.is_terminal, "Model", "Parameters", "Size", "State", "Licence", "Folder"), []
-    for folder in model_folders(args.folders):
+    table = _table(console.is_terminal, "Model", "Parameters", "Size", "State", "Licence", "Folder")
+    folders, problems = model_folders(args.folders)
+    for folder in folders:
         status, state = inspect_model(folder), "cannot be used"
         try:
             settings = read_settings(folder)

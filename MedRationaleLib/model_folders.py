@@ -79,8 +79,9 @@ def model_folder(name_or_path: str | Path) -> Path:
         ) from error
 
 
-def model_folders(given: Sequence[Path] = ()) -> list[Path]:
-    """The shipped models, then those given: model folders, or folders of model folders."""
+def model_folders(given: Sequence[Path] = ()) -> tuple[list[Path], list[str]]:
+    """The shipped models, then those given (model folders, or folders of them), and why there is none in others."""
+    problems = []
     found = [path.parent for path in sorted(resource_path("Models").glob(f"*/{CONFIG}"))]
     for path in given:
         inside = [path]
@@ -90,9 +91,9 @@ def model_folders(given: Sequence[Path] = ()) -> list[Path]:
                 p for p in below if (p / WEIGHTS).exists() or (p / CARD).exists()
             ]  # others have a config.json, too
         if not inside:
-            raise InputError(f"Expected a model folder, or a folder of model folders, got {path}; none is there.")
+            problems.append(f"Expected a model folder, or a folder of model folders, got {path}; none is there.")
         found += inside
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), problems
 
 
 def read_settings(folder: Path) -> ModelSettings:

@@ -249,6 +249,8 @@ BAD_MANIFESTS = {
     "b-value of nan": ("id,case,b_value\nx,in/a,nan\n", "b-value above 0"),
     "PSA": ("id,case,psa\nx,in/a,0\n", "PSA above 0 and up to 100,000 ng/ml in line 2 .*got '0'"),
     "PSA that is too high": ("id,case,psa\nx,in/a,1e6\n", "PSA above 0 and up to 100,000 .*got '1e6'"),
+    "b-value without a DWI": ("id,t2w,dwi,b_value\nx,a.mha,,800\n", "DWI beside the b-value in line 2"),
+    "several lines": ("id,case,psa\nx,a,low\ny,b,7\nz,c,-1\n../w,d,\n", "line 2 .*Also wrong: lines 4, 5"),
     "DCE": ("id,case,dce\nx,in/a,maybe\n", "DCE that is positive, negative or empty in line 2 .*got 'maybe'"),
     "open quotation": ('id,case\nx,"in/a\n', "to be a CSV file"),
     "not UTF-8": (b"id,case\n\xff\xfe,in/a\n", "CSV file in UTF-8"),

@@ -154,9 +154,12 @@ def test_a_model_that_cannot_be_used_stays_in_the_list_and_says_why(
     assert "got 99" in capsys.readouterr().out
 
 
-def test_a_folder_without_models_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model", "list", str(tmp_path)]) == 2
-    assert "none is there" in capsys.readouterr().err
+def test_a_folder_without_models_is_refused_and_the_others_are_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["model", "list", str(tmp_path / "empty"), str(folder)]) == 2
+    told = capsys.readouterr().out
+    assert "none is there" in told and "compact" in told and "tiny" in told
     assert main(["model", "info", "no-such-model"]) == 2
     assert "found neither; `medrationale model list`" in capsys.readouterr().err
 
@@ -164,7 +167,7 @@ def test_a_folder_without_models_is_refused(tmp_path: Path, capsys: pytest.Captu
 def test_a_folder_that_only_has_a_config_json_is_not_taken_for_a_model(folder: Path) -> None:
     (folder.parent / "clip").mkdir()
     (folder.parent / "clip" / "config.json").write_text("{}")
-    assert folder.parent / "clip" not in model_folders([folder.parent])
+    assert folder.parent / "clip" not in model_folders([folder.parent])[0]
 
 
 def test_info_tells_sizes_provenance_terms_and_the_first_figures(

@@ -22,7 +22,15 @@ if ABSENT:
     pytest.skip(f"the train extra is not installed: {', '.join(ABSENT)}", allow_module_level=True)
 
 from MedRationaleTraining.cli import main  # noqa: E402
-from MedRationaleTraining.config import ConstraintConfig, FitConfig, LossConfig, OptimizerConfig, SamplingConfig, check  # noqa: E402
+from MedRationaleTraining.config import (  # noqa: E402
+    ConstraintConfig,
+    FitConfig,
+    LossConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TuningConfig,
+    check,
+)
 from MedRationaleTraining.constraints import LESION_SHARE  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
 from MedRationaleTraining.export import export_run  # noqa: E402
@@ -273,6 +281,37 @@ def test_after_a_warm_up_the_heat_begins_as_bright_as_lesions_are_large(
         Trainer(replace(other, constraints=replace(warm.constraints, **changes))).fit()
     Trainer(replace(warm, out=str(tmp_path / "relu"), model=replace(run.model, heatmap="relu"))).fit()
     assert "the heat begins" not in caplog.text
+
+
+@pytest.mark.parametrize("encoder", ["full", "lora"])
+def test_frozen_masks_stay_bit_for_bit_with_their_thresholds_while_heatmaps_are_trained(
+    encoder: str, run: FitConfig, model: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    initial = Path(shutil.copytree(model, tmp_path / "initial"))
+    settings = json.loads((initial / "config.json").read_text())
+    settings["postprocessing"] = {"lesion_likelihood": 0.125, "gland_threshold": 0.4}
+    (initial / "config.json").write_text(json.dumps(settings))
+    tuning = TuningConfig(masks="frozen", image_encoder=encoder, lora_rank=2)
+    frozen = replace(run, out=str(tmp_path / "run"), val=None, steps=2, initial=str(initial), tuning=tuning)
+    trainer = Trainer(frozen)
+    trainer.fit()
+    assert math.isfinite(trainer.stationarity)  # the questions' loss still has a gradient
+    folder = export_run(tmp_path / "run", tmp_path / "model", calibrate_on=tiny_set)
+    before, after = (load_checkpoint(path) for path in (initial, folder))
+    images = torch.randn(1, 2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        was, now = before.model(images), after.model(images)
+    assert torch.equal(was.mask_logits, now.mask_logits) and not torch.equal(was.embedding, now.embedding)
+    assert after.postprocessing.items() >= settings["postprocessing"].items()
+    assert "presence_margin" in after.postprocessing
+    (initial / "model.safetensors").unlink()
+    with pytest.raises(InputError):
+        export_run(tmp_path / "run", tmp_path / "again", calibrate_on=tiny_set)
+
+
+def test_frozen_masks_need_a_model_whose_they_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="initial model whose masks stay"):
+        check(tiny_run(tmp_path / "run", tmp_path, tuning=TuningConfig(masks="frozen")))
 
 
 def test_exported_weights_may_lie_between_those_of_the_run_and_those_it_began_from(

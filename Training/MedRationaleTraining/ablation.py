@@ -199,6 +199,7 @@ def _measure(config: FitConfig, ours: ConstraintConfig, test: str | Path, cases:
         "gland_dice": report["metrics"]["dice_gland"]["value"],
         "inconsistency": report["inconsistency"]["slices"]["value"],
     }
+    _logger.info("measuring the constraints on %d other stacks of the training examinations", STACKS)
     dataset = StackDataset(config.train, config.sampling, length=STACKS, seed=OTHER_SEED)
     known["violations"] = {
         "max_violation": violations(model, (dataset[index] for index in range(STACKS)), ours),

@@ -26,7 +26,7 @@ from MedRationaleLib.postprocessing import (
     lesion_candidates,
     split_zones,
 )
-from MedRationaleTraining.evaluation import SPACING, predictions
+from MedRationaleTraining.evaluation import SPACING, assess_masks, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
 from MedRationaleTraining.rationale_metrics import asked
@@ -53,14 +53,14 @@ class Calibration:
     lesion_likelihood: float
     likelihood: dict[str, dict[str, float]]
     """As PostprocessingConfig has it; empty where there were too few candidates to fit it."""
-    gland_dice: dict[float, dict[float, float]]
-    """Opening in mm -> threshold -> mean volume Dice."""
-    lesion_score: dict[float, float]
-    """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
-    lesion_f2: dict[float, float]
-    """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
     lesion_slices: int
     """Slices of the set on which candidates are then shown, cross-validated, too."""
+    gland_dice: dict[float, dict[float, float]] = field(default_factory=dict)
+    """Opening in mm -> threshold -> mean volume Dice; like the next two, empty where the choice was an earlier one."""
+    lesion_score: dict[float, float] = field(default_factory=dict)
+    """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
+    lesion_f2: dict[float, float] = field(default_factory=dict)
+    """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
     presence_margin: float = 0.0
     """As PostprocessingConfig has it: by retrieval as many slices have a lesion as by the masks."""
     heat_thresholds: dict[str, float] = field(default_factory=dict)
@@ -74,9 +74,17 @@ class Calibration:
 
 
 def calibrate(
-    model: RationaleModel, folder: str | Path, *, cases: int | None = None, device: str = "cpu"
+    model: RationaleModel,
+    folder: str | Path,
+    *,
+    cases: int | None = None,
+    device: str = "cpu",
+    of_masks: PostprocessingConfig | None = None,
 ) -> Calibration:
-    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap."""
+    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap.
+
+    Where `of_masks` was chosen for these very masks before, the first of these is taken from there.
+    """
     tree = DecisionTree.load()
     concepts = list(tree.bank)
     overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -94,7 +102,7 @@ def calibrate(
             nearer.append(rows[:, concepts.index(tree.present)] - rows[:, concepts.index(tree.absent)])
             yield found.probabilities, found.truth, found.sequences
 
-    chosen = calibrate_masks(masks(), folder)
+    chosen = calibrate_masks(masks(), folder) if of_masks is None else chosen_before(masks(), of_masks)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
     chosen = replace(
         chosen,
@@ -185,6 +193,21 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
         gland_dice={o: {t: v for (of, t), v in mean_dice.items() if of == o} for o in OPENINGS},
         lesion_score=scores,
         lesion_f2=f2,
+    )
+
+
+def chosen_before(
+    masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], config: PostprocessingConfig
+) -> Calibration:
+    """The choice that `config` holds, with the slices counted on which candidates are shown by it."""
+    shown = (assess_masks(*of_case, config)[1]["lesions"] for of_case in masks)
+    return Calibration(
+        gland_threshold=config.gland_threshold,
+        gland_opening_mm=config.gland_opening_mm,
+        lesion_floor=config.lesion_floor,
+        lesion_likelihood=config.lesion_likelihood,
+        likelihood={seen_on: dict(weights) for seen_on, weights in config.likelihood.items()},
+        lesion_slices=sum(int(lesions.any((1, 2)).sum()) for lesions in shown),
     )
 
 

@@ -125,6 +125,10 @@ class TuningConfig:
     encoder (context across slices, fine detail) is trained in any case."""
     lora_rank: int = 4
     """Rank of the updates (SAMed's)."""
+    masks: Literal["full", "frozen"] = "full"
+    """Whether all that makes masks is trained (f_img, what is added to it, f_mask); frozen, the projection into the
+    shared space, f_txt and the heat alone are, so that heatmaps change, and the initial model's masks, with the
+    thresholds that belong to them, stay as they are."""
     text: Literal["full", "frozen"] = "full"
     """Whether f_txt is trained; frozen, every phrasing is embedded once."""
     layer_decay: float = 1.0
@@ -272,6 +276,8 @@ def check(config: FitConfig) -> None:
         (c.heat is None or c.heat[0] > 0, "a positive first number in constraints.heat", c.heat),
         (c.start >= 0 and c.report_every >= 1, "constraints.start of 0 or more and report_every of at least 1",
          (c.start, c.report_every)),
+        (config.tuning.masks == "full" or config.initial is not None,
+         "an initial model whose masks stay as they are (tuning.masks)", config.initial),
         (config.tuning.lora_rank >= 1, "tuning.lora_rank of at least 1", config.tuning.lora_rank),
         (0 < config.tuning.layer_decay <= 1, "tuning.layer_decay above 0 up to 1", config.tuning.layer_decay),
         (config.tuning.projection > 0, "a positive tuning.projection", config.tuning.projection),

@@ -16,7 +16,7 @@ from MedRationaleLib import __version__
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.files import check_writable
-from MedRationaleLib.model.checkpoint import CONFIG, load_checkpoint, save_checkpoint, serialized
+from MedRationaleLib.model.checkpoint import CONFIG, Checkpoint, load_checkpoint, save_checkpoint, serialized
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleLib.postprocessing import PostprocessingConfig
@@ -50,7 +50,8 @@ def export_run(
         run: folder of a `fit`, finished or not.
         out: model folder: config.json, model.safetensors, MODEL_CARD.md.
         config: settings of the run, where it has no run.json.
-        calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
+        calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it. Those of
+            masks that were not trained (`tuning.masks: frozen`) are the initial model's.
         evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
         scores: real_cases.json of these very weights, for the card.
         initial_share: how much of the weights is that of the model which the run began from, the rest the run's own
@@ -71,7 +72,7 @@ def export_run(
         raise InputError(f"Expected a run with the concepts of this concept bank in {run}, got others; train anew.")
     model = _averaged(state, FitConfig.from_dict(settings), about["vocabulary"], bank, run)
     if initial_share:
-        _mix(model, settings.get("initial"), about.get("initial"), initial_share)
+        _mix(model, about, initial_share)
     # What inference loads is float16; the embeddings are those of the text tower as it is stored.
     model.half().float()
     store_concept_embeddings(model, bank)
@@ -95,7 +96,10 @@ def export_run(
         postprocessing = _thresholds(report)
         training["evaluation"] = _figures(report)
     elif calibrate_on is not None:
-        chosen = calibrate(model, calibrate_on, cases=cases)
+        of_masks = None
+        if settings.get("tuning", {}).get("masks") == "frozen":
+            of_masks = PostprocessingConfig(**_initial(about).postprocessing)
+        chosen = calibrate(model, calibrate_on, cases=cases, of_masks=of_masks)
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
     else:
@@ -246,21 +250,27 @@ def _averaged(
 
 
 @torch.no_grad()
-def _mix(model: RationaleModel, folder: str | None, known: dict[str, Any] | None, share: float) -> None:
+def _mix(model: RationaleModel, about: dict[str, Any], share: float) -> None:
     """Move the weights by `share` of the way back to those of the model folder that the run began from."""
     if not 0 < share < 1:
         raise InputError(f"Expected a share of the initial model between 0 and 1, got {share:g}; correct the option.")
-    if folder is None or known is None:
+    if about["config"].get("initial") is None or about.get("initial") is None:
         raise InputError(
             "Expected a run that began from a model (`initial`), got one from random weights; leave it out."
         )
-    initial = load_checkpoint(folder, with_text=True)
-    if initial.sha256 != known["sha256"]:
-        raise InputError(f"Expected the model that the run began from in {folder}, got another; restore that folder.")
-    before = initial.model.state_dict()
+    before = _initial(about).model.state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.lerp_(before[name], share)
+
+
+def _initial(about: dict[str, Any]) -> Checkpoint:
+    """The model that the run began from; InputError where it is not there any more."""
+    folder = about["config"]["initial"]
+    initial = load_checkpoint(folder, with_text=True)
+    if initial.sha256 != about["initial"]["sha256"]:
+        raise InputError(f"Expected the model that the run began from in {folder}, got another; restore that folder.")
+    return initial
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

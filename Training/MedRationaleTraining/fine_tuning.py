@@ -48,6 +48,10 @@ def prepare(model: RationaleModel, tuning: TuningConfig) -> RationaleModel:
         for block in encoder.blocks:
             qkv = block.attn.qkv
             register_parametrization(qkv, "weight", LowRankUpdate(qkv.in_features, tuning.lora_rank))
+    if tuning.masks == "frozen":
+        for part in (encoder, model.detail, model.f_mask):
+            if part is not None:
+                part.requires_grad_(False)
     if tuning.text == "frozen" and model.f_txt is not None:
         model.f_txt.requires_grad_(False)
     encoder.checkpointing = tuning.checkpointing

@@ -152,7 +152,8 @@ def kkt_table(record: Mapping[str, Any]) -> Table:
     for row in sorted(record["constraints"], key=lambda r: -r["value"]):
         figures = (f"{row[k]:.3f}" for k in ("value", "multiplier", "slackness"))
         verdict = "at its cap: conflict" if row["capped"] else "violated" if row["value"] > 0 else "held"
-        table.add_row(row["name"], *figures, str(row["steps"]), verdict)
+        name = row["name"].replace(".", " ")  # so that it breaks between words
+        table.add_row(name, *figures, str(row["steps"]), verdict)
     return table
 
 
