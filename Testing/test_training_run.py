@@ -33,7 +33,7 @@ from MedRationaleTraining.config import (  # noqa: E402
 )
 from MedRationaleTraining.constraints import LESION_SHARE  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
-from MedRationaleTraining.export import export_run  # noqa: E402
+from MedRationaleTraining.export import export_run, model_card  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
 from training_samples import TINY, tiny_run  # noqa: E402
 
@@ -229,6 +229,18 @@ def test_a_run_may_begin_from_a_model_and_its_card_says_so(run: FitConfig, model
     Trainer(replace(begun, out=str(tmp_path / "further"), initial=str(folder))).fit()
     card = (export_run(tmp_path / "further", tmp_path / "model2") / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "Together that is 8 steps." in card
+
+
+def test_data_and_terms_of_earlier_runs_stay_in_the_card(model: Path) -> None:
+    checkpoint = load_checkpoint(model, with_text=True)
+    ours = {**checkpoint.training["sets"][0], "picai_labels": False}
+    older = {**ours, "name": "older", "examinations": 5, "seed": 3, "picai_labels": True}
+    cards = [
+        model_card(checkpoint.model, checkpoint.training | {"sets": [ours], "initial": initial}, {}, None, None)
+        for initial in (None, {"sha256": "0" * 64, "steps": 3, "sets": [older, ours]})
+    ]
+    assert ["CC BY-NC" in card for card in cards] == [False, True]
+    assert "`older`: 5 synthetic examinations" in cards[1] and cards[1].count("- `tiny`") == 1
 
 
 def test_a_run_may_begin_from_a_model_with_another_form_of_heat(run: FitConfig, model: Path, tmp_path: Path) -> None:
@@ -752,10 +764,11 @@ def test_curves_keep_each_term_in_its_column_whichever_comes_first(tmp_path: Pat
     assert rows == ["step,dice,focal,rationales", "1,0.5,0.25,", "2,0.75,0.125,1.0", "3,1.0,0.0,2.0"]
 
 
-def config_of(*paths: Path) -> FitConfig:
+def config_of(*paths: Path, also: tuple[str, ...] = ()) -> FitConfig:
     from MedRationaleTraining.commands import fit_config, fit_parser
 
-    return fit_config(fit_parser().parse_args([word for path in paths for word in ("--config", str(path))]))
+    files = [word for path in paths for word in ("--config", str(path))]
+    return fit_config(fit_parser().parse_args([*files, *also]))
 
 
 def test_the_papers_configuration_is_the_papers_model() -> None:
@@ -783,7 +796,8 @@ def test_what_a_baseline_changes_is_the_network_or_the_text_alone(name: str, bas
 
 
 def test_the_shipped_configuration_is_what_the_shipped_weights_ended_with() -> None:
-    config = config_of(ROOT / "Training" / "configs" / "compact.yaml")
+    files = (ROOT / "Training" / "configs" / f"{name}.yaml" for name in ("compact", "heatmaps"))
+    config = config_of(*files, also=("--initial", "the weights before"))
     assert config.model == ModelConfig()
     settings = load_checkpoint("compact").training["settings"]
     shipped = FitConfig.from_dict({**asdict(config), **settings})

@@ -173,7 +173,9 @@ def model_card(
 ) -> str:
     """MODEL_CARD.md from its template."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)
-    text = model.f_txt
+    text, earlier = model.f_txt, _earlier(training)
+    every = [s for run in (training, *earlier) for s in run.get("sets", ())]  # what went into the weights at any time
+    data = list({tuple(s.get(k) for k in ("name", "examinations", "seed")): s for s in reversed(every)}.values())[::-1]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=model.config.name,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -181,14 +183,15 @@ def model_card(
         steps=training["steps"],
         config=training["settings"],
         sets=training["sets"],
+        data=data,
         history=training.get("history", []),
         initial_share=training.get("initial_share", 0.0),
-        earlier=_earlier(training),
-        imported=any("imported" in run for run in _earlier(training)),
+        earlier=earlier,
+        imported=any("imported" in run for run in earlier),
         real_cases=markdown_table(real) if real else None,
-        picai=any(s["picai_labels"] or s["real_backgrounds"] or s.get("reader") == "picai" for s in training["sets"]),
-        real=any(s["real_backgrounds"] for s in training["sets"]),
-        patients=any(s.get("reader") for s in training["sets"]),
+        picai=any(s["picai_labels"] or s["real_backgrounds"] or s.get("reader") == "picai" for s in data),
+        real=any(s["real_backgrounds"] for s in data),
+        patients=any(s.get("reader") for s in data),
         postprocessing=postprocessing,
         calibrated_on=calibrated_on or ("the synthetic validation set" if "calibration" in training else None),
         evaluation=markdown(report).replace("# ", "### ", 1).strip() if report else None,
