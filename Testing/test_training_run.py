@@ -316,6 +316,11 @@ def test_frozen_masks_stay_bit_for_bit_with_their_thresholds_while_heatmaps_are_
     assert torch.equal(was.mask_logits, now.mask_logits) and not torch.equal(was.embedding, now.embedding)
     assert after.postprocessing.items() >= settings["postprocessing"].items()
     assert "presence_margin" in after.postprocessing
+    assert "the masks are those\nof the weights that it began from" in (folder / "MODEL_CARD.md").read_text()
+    settings["postprocessing"] = {}  # none to keep: they are chosen, as for any model
+    (initial / "config.json").write_text(json.dumps(settings))
+    chosen = load_checkpoint(export_run(tmp_path / "run", tmp_path / "chosen", calibrate_on=tiny_set))
+    assert chosen.training["calibration"]["gland_dice"] and not after.training["calibration"]["gland_dice"]
     (initial / "model.safetensors").unlink()
     with pytest.raises(InputError):
         export_run(tmp_path / "run", tmp_path / "again", calibrate_on=tiny_set)
