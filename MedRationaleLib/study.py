@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from .arguments import MOST_PSA
 from .errors import InputError
 from .image_files import SUFFIXES, acquisition_plane, check_volume, quiet_itk, read_image
 
@@ -111,7 +112,11 @@ class Study:
         return tuple(name for name in ("adc", "dwi") if getattr(self, name) is None)
 
     def with_psa(self, ng_ml: float) -> Study:
-        """The same with the patient's PSA in ng/ml, whose density an assessment adds."""
+        """The same with the patient's PSA in ng/ml, above 0 and up to MOST_PSA, whose density an assessment adds."""
+        if not 0 < ng_ml <= MOST_PSA:
+            raise InputError(
+                f"PSA: expected a number above 0 and up to {MOST_PSA:,} in ng/ml, got {ng_ml}; leave it out or correct it."
+            )
         return replace(self, patient={**self.patient, "psa_ng_ml": ng_ml})
 
     @classmethod

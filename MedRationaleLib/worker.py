@@ -97,10 +97,6 @@ class Job:
                 raise InputError(
                     f"Expected as {what} in {path} one of {', '.join(known)}, got {value!r}; start it again."
                 )
-        if job.psa_ng_ml is not None and not job.psa_ng_ml > 0:
-            raise InputError(
-                f"PSA: expected a number above 0 in ng/ml, got {job.psa_ng_ml}; leave it out or correct it."
-            )
         return job
 
 
@@ -166,10 +162,11 @@ def _assess(job: Job, messages: Messages) -> None:
         )
     if "t2w" not in images:
         raise InputError("T2W: expected an axial T2W, without which nothing can be said, got none; choose one.")
-    patient = dict(job.patient) | ({} if job.psa_ng_ml is None else {"psa_ng_ml": job.psa_ng_ml})
     study = Study.from_images(
-        t2w=images["t2w"], adc=images.get("adc"), dwi=images.get("dwi"), provenance=provenance, patient=patient
+        t2w=images["t2w"], adc=images.get("adc"), dwi=images.get("dwi"), provenance=provenance, patient=job.patient
     )
+    if job.psa_ng_ml is not None:
+        study = study.with_psa(job.psa_ng_ml)
     messages.progress("import", 0.0)
     from MedRationaleLib.inference import Predictor
 

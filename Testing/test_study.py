@@ -324,3 +324,11 @@ def test_a_real_case_without_t2w_is_refused_and_one_without_adc_is_read(shared_d
         Study.from_case(shared_data / "picai-11063")
     study = Study.from_case(shared_data / "prostate158-001")
     assert study.missing == ("adc",) and study.valid["dwi"].GetSize() == study.t2w.GetSize()
+
+
+@pytest.mark.parametrize("ng_ml", [0.0, -1.0, float("nan"), 1e6])
+def test_a_psa_that_nobody_has_is_refused_in_scripts_too(ng_ml):
+    study = Study.from_images(t2w=volume())
+    assert study.with_psa(6.5).patient["psa_ng_ml"] == 6.5
+    with pytest.raises(InputError, match="above 0 and up to 100,000"):
+        study.with_psa(ng_ml)
