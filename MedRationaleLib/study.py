@@ -115,7 +115,8 @@ class Study:
         """The same with the patient's PSA in ng/ml, above 0 and up to MOST_PSA, whose density an assessment adds."""
         if not 0 < ng_ml <= MOST_PSA:
             raise InputError(
-                f"PSA: expected a number above 0 and up to {MOST_PSA:,} in ng/ml, got {ng_ml}; leave it out or correct it."
+                f"PSA: expected a number above 0 and up to {MOST_PSA:,} in ng/ml, got {ng_ml}; leave it out or correct "
+                "it."
             )
         return replace(self, patient={**self.patient, "psa_ng_ml": ng_ml})
 

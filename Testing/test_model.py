@@ -22,7 +22,7 @@ from MedRationaleLib.concepts import ConceptBank  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.attention import Block, FoldedAttention  # noqa: E402
 from MedRationaleLib.model.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint  # noqa: E402
-from MedRationaleLib.model.config import compact, medsam_biomedclip  # noqa: E402
+from MedRationaleLib.model.config import TextConfig, compact, medsam_biomedclip  # noqa: E402
 from MedRationaleLib.model.image_encoder import AxialMixer  # noqa: E402
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder  # noqa: E402
 from MedRationaleLib.model.rationale_model import RationaleModel  # noqa: E402
@@ -98,6 +98,8 @@ def test_the_papers_model_has_the_shapes_of_sam_vit_b_and_biomedclip_at_1024_pix
         ({"patch": 48}, "patch must divide pixels"),
         ({"global_attention": (7,)}, "global_attention"),
         ({"shared_dim": 9}, "shared_dim"),
+        ({"reason_dim": 6}, "reason_dim must be a multiple"),
+        ({"detail_dim": 0}, "reason_dim needs a detail_dim"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_named(change: dict, words: str) -> None:
@@ -106,6 +108,51 @@ def test_sizes_that_cannot_be_built_are_named(change: dict, words: str) -> None:
 
 
 # ------------------------------------------------------------------ parts
+
+
+def test_the_reasons_own_convolutions_begin_as_if_they_were_not_there_and_leave_masks_alone() -> None:
+    model, without = tiny_model(), RationaleModel(replace(TINY, reason_dim=0), list(ConceptBank.load())).eval()
+    left = without.load_state_dict(model.state_dict(), strict=False)
+    assert not left.missing_keys and all(key.startswith("projection.") for key in left.unexpected_keys)
+    images = torch.randn(1, 2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, begun = without(images), model(images)
+        assert torch.equal(before.embedding, begun.embedding) and torch.equal(before.mask_logits, begun.mask_logits)
+        torch.nn.init.normal_(model.projection.join.weight)
+        grown = model(images)
+    assert torch.equal(before.mask_logits, grown.mask_logits)
+    assert not torch.allclose(before.embedding, grown.embedding, atol=1e-2)
+
+
+def test_a_model_folder_from_before_reasons_had_convolutions_is_read_without_them(folder: Path) -> None:
+    old = RationaleModel(replace(TINY, reason_dim=0), list(ConceptBank.load()))
+    save_checkpoint(old, folder, card="# tiny", vocabulary=[])
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["model"]["reason_dim"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    read = load_checkpoint(folder).model
+    assert read.config == old.config and read.projection.own is None
+
+
+def test_concepts_of_a_text_tower_are_spread_with_their_phrasings_near_them() -> None:
+    needs("open_clip")
+    from MedRationaleLib.model.text_encoder import TextEncoder
+
+    torch.manual_seed(0)
+    bank = ConceptBank.load()
+    tower = TextEncoder(TextConfig(width=192, layers=1, heads=2), 96, TextEncoder.vocabulary_of(phrases()))
+
+    def alike() -> torch.Tensor:
+        embeddings = tower.concept_embeddings(bank)
+        return (embeddings @ embeddings.T)[~torch.eye(len(embeddings), dtype=bool)]
+
+    assert alike().mean() > 0.3
+    tower.spread(bank)
+    assert alike().abs().mean() < 0.1
+    embeddings = tower.concept_embeddings(bank)
+    for own, concept in zip(embeddings, bank.values(), strict=True):
+        with torch.no_grad():
+            assert (tower(tower.tokenize(concept.phrasings)) @ own).mean() > 0.7
 
 
 def test_a_new_axial_mixer_changes_nothing() -> None:

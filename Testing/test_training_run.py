@@ -252,6 +252,39 @@ def test_a_run_may_begin_from_a_model_with_another_form_of_heat(run: FitConfig, 
     assert begun.heat(torch.tensor([-0.5, 0.25])).tolist() == [0.0, 0.25]
 
 
+def test_a_run_may_begin_from_a_model_without_the_reasons_own_convolutions(
+    run: FitConfig, model: Path, tmp_path: Path
+) -> None:
+    """What a model of an earlier version lacks begins as if it were not there; its weights cannot be mixed in then."""
+    Trainer(replace(run, out=str(tmp_path / "old"), val=None, steps=1, model=replace(run.model, reason_dim=0))).fit()
+    old = export_run(tmp_path / "old", tmp_path / "without")
+    begun = replace(run, out=str(tmp_path / "on"), val=None, steps=1, initial=str(old))
+    trainer = Trainer(begun)
+    before, now = load_checkpoint(old, with_text=True).model.state_dict(), trainer.model.state_dict()
+    assert same(before, {name: now[name] for name in before})
+    trainer.fit()
+    assert load_checkpoint(export_run(tmp_path / "on", tmp_path / "new")).model.config.reason_dim == TINY.reason_dim
+    with pytest.raises(InputError, match="a run from a model of the same sizes"):
+        export_run(tmp_path / "on", tmp_path / "mixed", initial_share=0.5)
+    with pytest.raises(InputError, match="a model of the configured sizes"):
+        Trainer(replace(begun, initial=str(tmp_path / "new"), model=replace(run.model, reason_dim=0)))
+
+
+def test_a_run_may_begin_with_concepts_apart_and_goes_on_from_where_it_stopped(run: FitConfig, tmp_path: Path) -> None:
+    spread = replace(run, out=str(tmp_path / "spread"), val=None, steps=2, tuning=TuningConfig(spread=True))
+    alike = []
+    for config in (run, spread):
+        embeddings = Trainer(replace(config, out=str(tmp_path / "begun"))).model.f_txt.concept_embeddings(
+            ConceptBank.load()
+        )
+        alike.append(float((embeddings @ embeddings.T).mean()))
+    assert alike[1] < 0.9 * alike[0]  # 40 concepts in 8 dimensions
+    Trainer(spread).fit()
+    on = Trainer(spread)
+    on.resume()
+    assert same(on.model.state_dict(), read_state(tmp_path / "spread" / STATE)["model"])
+
+
 def test_the_heat_of_a_run_may_begin_elsewhere_than_the_initial_models(
     run: FitConfig, model: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ TINY = ModelConfig(
     decoder_heads=2,
     decoder_mlp=16,
     detail_dim=4,
+    reason_dim=4,
     shared_dim=8,
     text=TextConfig(width=16, layers=1, heads=2),
 )

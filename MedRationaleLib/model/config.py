@@ -60,6 +60,9 @@ class ModelConfig:
     detail_dim: int = 16
     """Channels at half size of the pyramid of convolutions that joins encoder, decoder and shared space; each level
     doubles them; 0 is the paper's model, without it."""
+    reason_dim: int = 16
+    """Channels at half size of the shared space's own convolutions on the image, for what masks do not need to know of
+    a lesion (texture, margin, how dark it is); 0 is without them. They need detail_dim."""
     shared_dim: int = 96
     """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
     heatmap: Literal["sigmoid", "relu", "raw"] = "sigmoid"
@@ -89,6 +92,8 @@ class ModelConfig:
             (self.axial_every >= 0 and self.window >= 0, "axial_every and window must not be negative"),
             (self.detail_dim == 0 or self.patch == 16, "detail_dim needs patches of 16 pixels"),
             (self.detail_dim % 4 == 0, "detail_dim must be a multiple of 4"),
+            (self.reason_dim % 4 == 0, "reason_dim must be a multiple of 4"),
+            (self.reason_dim == 0 or self.detail_dim > 0, "reason_dim needs a detail_dim"),
             (self.detail_dim == 0 or self.neck_dim % 32 == 0, "detail_dim needs a neck_dim that is a multiple of 32"),
             (self.detail_dim == 0 or self.shared_dim % 8 == 0, "shared_dim must be a multiple of 8"),
             (self.text.heads > 0 and self.text.width % self.text.heads == 0, "text.heads must divide text.width"),
@@ -116,6 +121,7 @@ def medsam_biomedclip() -> ModelConfig:
         decoder_heads=8,
         decoder_mlp=2048,
         detail_dim=0,
+        reason_dim=0,
         shared_dim=512,
         text=TextConfig(kind="biomedclip", width=768, layers=12, heads=12, context_length=256),
     )

@@ -27,12 +27,12 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with pre-activation; the identity at initialisation (He et al., 2016)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dilation: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.GroupNorm(4, dim),
             nn.GELU(),
-            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, bias=False),
             nn.GroupNorm(4, dim),
             nn.GELU(),
             zeroed(nn.Conv2d(dim, dim, 3, padding=1)),
@@ -49,9 +49,9 @@ class DetailPyramid(nn.Module):
     Early convolutions help transformers see (Xiao et al., 2021); SAM 2's mask decoder joins fine levels in this way.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, levels: int = 4) -> None:
         super().__init__()
-        widths = (3, dim, 2 * dim, 4 * dim, 8 * dim)
+        widths = (3, *(dim * 2**i for i in range(levels)))
         self.levels = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, width, 3 + 2 * (before == 3), stride=2, padding=1 + (before == 3)),
@@ -63,7 +63,7 @@ class DetailPyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) -> (N, 2^i dim, H / 2^(i + 1), W / 2^(i + 1)) for i = 0, 1, 2, 3."""
+        """(N, 3, H, W) -> (N, 2^i dim, H / 2^(i + 1), W / 2^(i + 1)) for i = 0, 1, ... levels - 1."""
         found = []
         for level in self.levels:
             images = level(images)
@@ -144,24 +144,31 @@ class ImageEncoder(_sam.ImageEncoderViT):  # type: ignore[name-defined]
 class SharedProjection(nn.Module):
     """The image embedding brought into the space that it shares with the text.
 
-    Without detail (the paper's model) one value a patch; with it, a 4 x 4 finer grid that the pyramid sharpens.
+    Without detail (the paper's model) one value a patch; with it, a 4 x 4 finer grid that the pyramid sharpens. With
+    `reason_dim` convolutions of its own join, which begin as if they were not there.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.detailed = config.detail_dim > 0
+        self.own = DetailPyramid(config.reason_dim, 2) if config.reason_dim else None
         if self.detailed:
             hidden = config.shared_dim // 2
             self.up = nn.ConvTranspose2d(config.neck_dim, hidden, 4, stride=4)
             self.detail = nn.Conv2d(2 * config.detail_dim, hidden, 3, padding=1)
+            if self.own is not None:
+                self.join = zeroed(nn.Conv2d(2 * config.reason_dim, hidden, 3, padding=1))
+                self.blocks = nn.Sequential(ResidualBlock(hidden), ResidualBlock(hidden, dilation=2))
             self.fuse = nn.Sequential(
                 nn.GroupNorm(4, hidden), nn.GELU(), nn.Conv2d(hidden, config.shared_dim, 3, padding=1)
             )
         else:
             self.fuse = nn.Sequential(nn.Conv2d(config.neck_dim, config.shared_dim, 1))
 
-    def forward(self, embedding: Tensor, detail: Sequence[Tensor] = ()) -> Tensor:
-        """(N, neck_dim, h, w) and the pyramid or nothing -> (N, shared_dim, h', w')."""
+    def forward(self, embedding: Tensor, detail: Sequence[Tensor], images: Tensor) -> Tensor:
+        """(N, neck_dim, h, w), the pyramid or nothing, (N, 3, H, W) -> (N, shared_dim, h', w')."""
         if detail:
             embedding = self.up(embedding) + self.detail(detail[1])
+        if self.own is not None:
+            embedding = self.blocks(embedding + self.join(self.own(images)[1]))
         return self.fuse(embedding)

@@ -102,7 +102,7 @@ class RationaleModel(nn.Module):
         detail = self.detail(images.flatten(0, 1)) if self.detail is not None else ()
         encoded = self.f_img(images, detail)
         logits = self.f_mask(encoded, detail).float()
-        shared = self.projection(encoded, detail)
+        shared = self.projection(encoded, detail, images.flatten(0, 1))
         inverse_norm = shared.float().square().sum(1).clamp(min=1e-12).rsqrt()
         return ModelOutput(
             mask_logits=logits.unflatten(0, (batch, slices)),

@@ -104,6 +104,27 @@ class TextEncoder(nn.Module):
         self.train(training)
         return nn.functional.normalize(torch.stack(means), dim=-1)
 
+    @torch.no_grad()
+    def spread(self, bank: ConceptBank) -> None:
+        """Turn the last projection of a "clip" tower so that concepts lie at right angles, each near where it was.
+
+        A tower from random weights gives all texts nearly the same embedding, and InfoNCE takes long to part them.
+        The nearest orthonormal set is Löwdin's (1950), and ridge regression of all phrasings on it the projection.
+        """
+        tower, training = self.tower, self.training
+        self.eval()
+        projection, tower.text_projection = tower.text_projection, None
+        features = [tower(self.tokenize(c.all_phrasings)).float() for c in bank.values()]
+        tower.text_projection = projection
+        means = torch.stack([nn.functional.normalize(f @ projection, dim=-1).mean(0) for f in features])
+        u, _, v = torch.linalg.svd(means, full_matrices=False)
+        goals = torch.cat([row.expand(len(f), -1) for row, f in zip(u @ v, features, strict=True)])
+        rows = torch.cat(features)
+        gram = rows.T @ rows
+        ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
+        projection.copy_(torch.linalg.solve(gram + ridge, rows.T @ goals))
+        self.train(training)
+
     def unknown_words(self, bank: ConceptBank) -> int:
         """How many tokens of all phrasings stand for "unknown", of which a tower of BERT's has one."""
         if self.config.kind == "clip" or self._tokenizer is None:

@@ -131,6 +131,11 @@ class TuningConfig:
     thresholds that belong to them, stay as they are."""
     text: Literal["full", "frozen"] = "full"
     """Whether f_txt is trained; frozen, every phrasing is embedded once."""
+    spread: bool = False
+    """Whether f_txt ("clip" only) begins with concepts at right angles to each other, and InfoNCE at CLIP's first
+    temperature. In a tower from random weights all texts have nearly the same embedding, and what is to tell them apart
+    in an image has next to no gradient; trained, it goes back there for a long time, so that `text: frozen` belongs to
+    it."""
     layer_decay: float = 1.0
     """Learning rate of each layer of the image encoder, against that of the layer above it."""
     projection: float = 1.0
@@ -278,6 +283,8 @@ def check(config: FitConfig) -> None:
          (c.start, c.report_every)),
         (config.tuning.masks == "full" or config.initial is not None,
          "an initial model whose masks stay as they are (tuning.masks)", config.initial),
+        (not config.tuning.spread or m.text.kind == "clip",
+         "a text tower of kind \"clip\" for tuning.spread", m.text.kind),
         (config.tuning.lora_rank >= 1, "tuning.lora_rank of at least 1", config.tuning.lora_rank),
         (0 < config.tuning.layer_decay <= 1, "tuning.layer_decay above 0 up to 1", config.tuning.layer_decay),
         (config.tuning.projection > 0, "a positive tuning.projection", config.tuning.projection),

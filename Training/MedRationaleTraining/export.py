@@ -262,6 +262,11 @@ def _mix(model: RationaleModel, about: dict[str, Any], share: float) -> None:
             "Expected a run that began from a model (`initial`), got one from random weights; leave it out."
         )
     before = _initial(about).model.state_dict()
+    if before.keys() != model.state_dict().keys():
+        raise InputError(
+            f"Expected a run from a model of the same sizes, to mix the two, got {about['config']['initial']} without "
+            "reason_dim; leave the share out."
+        )
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.lerp_(before[name], share)

@@ -85,7 +85,9 @@ class Objective(nn.Module):
 
         slices = output.slice_means().flatten(0, 1)
         true_of_slices = [a for s in stacks for a in slice_answers(s)]
-        terms["slices"] = self._config.slice_weight * self._nodes.loss(slices @ concepts.T, true_of_slices, scale)
+        # Without a gradient for the temperature: of a whole slice nearly every answer is wrong, which would raise it.
+        of_slices = self._nodes.loss(slices @ concepts.T, true_of_slices, scale.detach())
+        terms["slices"] = self._config.slice_weight * of_slices
         if rationales is not None and len(answers) > 1:
             same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
             similarity = pooled @ rationales.T

@@ -85,10 +85,13 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
     if config.initial:
         checkpoint = load_checkpoint(config.initial, with_text=True)
         # The tokenizer is the folder's own, wherever the configuration would look for one. The form of the heat may
-        # be another one, for no weight depends on it: Eq. 2 alone trains no heat.
+        # be another one, for no weight depends on it: Eq. 2 alone trains no heat. What a model without `reason_dim`
+        # lacks begins as if it were not there.
         own = checkpoint.model.config
-        text = replace(config.model.text, folder=own.text.folder)
-        if own != replace(config.model, text=text, heatmap=own.heatmap) or checkpoint.model.concepts != tuple(bank):
+        may_differ = {"text": replace(config.model.text, folder=own.text.folder), "heatmap": own.heatmap}
+        if not own.reason_dim:
+            may_differ["reason_dim"] = 0
+        if own != replace(config.model, **may_differ) or checkpoint.model.concepts != tuple(bank):
             raise InputError(
                 f"Expected a model of the configured sizes and of this concept bank in {config.initial}, got another "
                 f"({checkpoint.model.config.name}); take its config.json's sizes or another folder."
@@ -96,11 +99,17 @@ def build_model(config: FitConfig, bank: ConceptBank) -> tuple[RationaleModel, l
         known = {
             k: checkpoint.training[k] for k in ("steps", "sets", "initial", "imported") if k in checkpoint.training
         }
-        checkpoint.model.config = replace(own, heatmap=config.model.heatmap)
-        return checkpoint.model.train(), checkpoint.vocabulary, {"sha256": checkpoint.sha256, **known}
-    model = RationaleModel(config.model, list(bank))
-    model.attach_text(vocabulary)
-    return model, vocabulary, None
+        model, vocabulary = RationaleModel(replace(config.model, text=own.text), list(bank)), checkpoint.vocabulary
+        model.attach_text(vocabulary)
+        model.load_state_dict(checkpoint.model.state_dict(), strict=own.reason_dim == config.model.reason_dim)
+        about = {"sha256": checkpoint.sha256, **known}
+    else:
+        model, about = RationaleModel(config.model, list(bank)), None
+        model.attach_text(vocabulary)
+    if config.tuning.spread:
+        cast(TextEncoder, model.f_txt).spread(bank)
+        torch.nn.init.constant_(model.logit_scale, math.log(1 / 0.07))
+    return model, vocabulary, about
 
 
 @torch.no_grad()
