@@ -30,6 +30,7 @@ SMALL = replace(
     window=2,
     axial_every=0,
     detail_dim=0,
+    reason_dim=0,
     text=TextConfig(kind="biomedclip", width=16, layers=2, heads=2, context_length=24),
 )
 """Of the paper's model's kind: no mixing of slices, no pyramid, a BERT."""

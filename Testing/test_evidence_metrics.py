@@ -477,7 +477,7 @@ def test_an_interval_leaves_out_resamples_without_an_example() -> None:
 def test_an_evaluation_of_an_untrained_model_has_all_figures_and_tells_what_it_finds(
     tiny_set: Path, tmp_path: Path
 ) -> None:
-    config = replace(TINY, detail_dim=0, heatmap="relu")  # 12 mm patches
+    config = replace(TINY, detail_dim=0, reason_dim=0, heatmap="relu")  # 12 mm patches
     save_checkpoint(random_model(config), tmp_path / "model", card="", vocabulary=[])
     report = evaluate(tmp_path / "model", tiny_set, tmp_path / "out", cases=2)
     assert {"evidence", "rationale", "findings", "inconsistency"} <= set(report)

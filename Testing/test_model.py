@@ -124,6 +124,26 @@ def test_the_reasons_own_convolutions_begin_as_if_they_were_not_there_and_leave_
     assert not torch.allclose(before.embedding, grown.embedding, atol=1e-2)
 
 
+def test_the_likeliest_patches_of_a_slice_are_those_that_inference_asks() -> None:
+    from MedRationaleLib.evidence import TYPICAL_MM2, asked_of_slices
+
+    torch.manual_seed(0)
+    model = RationaleModel(training_samples.TINY, ["a"]).eval()
+    images = torch.randn(1, 3, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        output = model(images)
+    concepts = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    inside = torch.zeros(1, 3, 64, 64, dtype=torch.bool)
+    inside[0, 0, 20:40, 20:40] = True
+    inside[0, 1, 5:7, 5:7] = True  # fewer patches than a typical lesion has; the third slice has no gland
+    count = round(TYPICAL_MM2 / model.patch_mm**2)
+    assert count == 14
+    found = output.likeliest_means(concepts[1] - concepts[0], inside, count)[0] @ concepts.T
+    similarity = output.similarity(0, concepts).numpy()
+    expected = asked_of_slices(similarity, inside[0].float().numpy(), present=1, absent=0, patch_mm=model.patch_mm)
+    assert torch.allclose(found, torch.from_numpy(expected), atol=1e-5)
+
+
 def test_a_model_folder_from_before_reasons_had_convolutions_is_read_without_them(folder: Path) -> None:
     old = RationaleModel(replace(TINY, reason_dim=0), list(ConceptBank.load()))
     save_checkpoint(old, folder, card="# tiny", vocabulary=[])
@@ -232,7 +252,7 @@ def assert_same_values_and_gradients(stock: torch.nn.Module, ours: torch.nn.Modu
 
 def test_the_decoder_without_detail_is_segment_anythings_called_image_by_image() -> None:
     torch.manual_seed(1)
-    ours = ClassMaskDecoder(replace(TINY, detail_dim=0)).eval()
+    ours = ClassMaskDecoder(replace(TINY, detail_dim=0, reason_dim=0)).eval()
     torch.nn.init.normal_(ours.no_prompt)
     sam = sam_modeling()
     theirs = sam.MaskDecoder(

@@ -34,6 +34,7 @@ from MedRationaleTraining.config import (  # noqa: E402
 from MedRationaleTraining.constraints import LESION_SHARE  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
 from MedRationaleTraining.export import export_run, model_card  # noqa: E402
+from MedRationaleTraining.objective import Part  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
 from training_samples import TINY, tiny_run  # noqa: E402
 
@@ -283,6 +284,26 @@ def test_a_run_may_begin_with_concepts_apart_and_goes_on_from_where_it_stopped(r
     on = Trainer(spread)
     on.resume()
     assert same(on.model.state_dict(), read_state(tmp_path / "spread" / STATE)["model"])
+
+
+def test_slices_are_trained_where_inference_asks_them(run: FitConfig, tmp_path: Path) -> None:
+    """Of the two units the one that is asked for: both have a gradient, not the same, and one alone looks at glands."""
+    told = []
+    for unit in ("whole", "likeliest"):
+        loss = replace(run.loss, slice_unit=unit, dice_weight=0.0, focal_weight=0.0, node_weight=0.0)
+        loss = replace(loss, rationale_weight=0.0)
+        config = replace(run, out=str(tmp_path / unit), val=None, steps=1, loss=loss)
+        trainer = Trainer(config)
+        parts = next(iter(trainer.batches()))
+        terms, _ = trainer.objective(Part(parts[0], 0, 0))
+        terms["slices"].backward()
+        gradient = trainer.model.f_img.patch_embed.proj.weight.grad
+        assert gradient is not None and gradient.abs().sum() > 0
+        for stack in parts[0]:
+            stack.masks.zero_()  # without a gland a slice is asked as a whole
+        without = trainer.objective(Part(parts[0], 0, 0))[0]["slices"]
+        told.append((float(terms["slices"].detach()), float(without.detach())))
+    assert told[0][0] == told[0][1] == pytest.approx(told[1][1]) and abs(told[1][0] - told[1][1]) > 1e-4
 
 
 def test_the_heat_of_a_run_may_begin_elsewhere_than_the_initial_models(

@@ -37,6 +37,28 @@ class ModelOutput:
         share = (self.inverse_norm / self.inverse_norm[0, 0].numel()).to(self.embedding.dtype)
         return torch.einsum("bsdhw,bshw->bsd", self.embedding, share).float()
 
+    def likeliest_means(self, direction: Tensor, inside: Tensor, count: int) -> Tensor:
+        """Mean unit embedding of the `count` patches of every slice that lie furthest along a direction.
+
+        As evidence.asked_of_slices has it; which patches these are has no gradient.
+
+        Args:
+            direction: (shared_dim,), such as one concept's embedding less another's.
+            inside: (B, S, h', w') bool, where to look; slices that are nowhere inside are taken as a whole.
+            count: patches; all that are inside where these are fewer.
+
+        Returns:
+            (B, S, shared_dim) float32.
+        """
+        flat, norm = self.embedding.flatten(3), self.inverse_norm.flatten(2)
+        with torch.no_grad():
+            along = torch.einsum("bsdp,d->bsp", flat, direction.to(flat.dtype)).float() * norm
+            found = along.masked_fill(~inside.flatten(2), -math.inf).topk(count, 2)
+            weights = torch.zeros_like(norm).scatter(2, found.indices, found.values.isfinite().float())
+            weights[~inside.flatten(2).any(2)] = 1
+            weights /= weights.sum(2, keepdim=True)
+        return torch.einsum("bsdp,bsp->bsd", flat, (weights * norm).to(flat.dtype)).float()
+
     def similarity(self, stack: int, concepts: Tensor) -> Tensor:
         """Cosine similarity of every patch of one stack with (K, shared_dim) unit vectors -> (K, S, h', w') float32."""
         product = torch.einsum("sdhw,kd->kshw", self.embedding[stack], concepts.to(self.embedding.dtype)).float()

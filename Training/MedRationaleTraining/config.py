@@ -49,7 +49,10 @@ class LossConfig:
     node_weight: float = 0.3
     """InfoNCE of a region against the candidate concepts of each node."""
     slice_weight: float = 0.1
-    """The same with the whole slice's mean embedding, the paper's unit."""
+    """The same with an embedding of every slice."""
+    slice_unit: Literal["whole", "likeliest"] = "whole"
+    """The mean over the whole slice (the paper), or over a typical lesion's area where the slice looks most like one,
+    which is what inference asks; on a slice without a lesion that is what would be taken for one."""
     rationale_weight: float = 0.1
     """InfoNCE of regions against whole rationales within the batch."""
     text_every: int = 1

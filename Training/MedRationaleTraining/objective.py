@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import DecisionTree
+from MedRationaleLib.evidence import TYPICAL_MM2
+from MedRationaleLib.model.config import CLASSES
 from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleTraining.config import FitConfig
@@ -83,11 +85,9 @@ class Objective(nn.Module):
         terms = {"dice": dice, "focal": focal}
         terms["nodes"] = self._config.node_weight * self._nodes.loss(pooled @ concepts.T, answers, scale)
 
-        slices = output.slice_means().flatten(0, 1)
+        slices = self._of_slices(output, stacks, concepts).flatten(0, 1)
         true_of_slices = [a for s in stacks for a in slice_answers(s)]
-        # Without a gradient for the temperature: of a whole slice nearly every answer is wrong, which would raise it.
-        of_slices = self._nodes.loss(slices @ concepts.T, true_of_slices, scale.detach())
-        terms["slices"] = self._config.slice_weight * of_slices
+        terms["slices"] = self._config.slice_weight * self._nodes.loss(slices @ concepts.T, true_of_slices, scale)
         if rationales is not None and len(answers) > 1:
             same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
             similarity = pooled @ rationales.T
@@ -96,6 +96,17 @@ class Objective(nn.Module):
         if part.step < self._start or not self.constrained:
             return terms, {}
         return terms, self.constraints(model, output, stacks, concepts, rng)
+
+    def _of_slices(self, output: ModelOutput, stacks: Sequence[Stack], concepts: Tensor) -> Tensor:
+        """(B, S, shared_dim)."""
+        if self._config.slice_unit == "whole":
+            return output.slice_means()
+        size = output.embedding.shape[-2:]
+        glands = torch.stack([s.masks[:, CLASSES.index("gland")] for s in stacks]).to(output.embedding.device)
+        inside = nn.functional.interpolate(glands, size, mode="area") > 0.5
+        present, absent = (concepts[self._nodes.index[c]] for c in ("lesion_present", "lesion_absent"))
+        count = max(1, round(TYPICAL_MM2 / self.model.patch_mm**2))
+        return output.likeliest_means(present - absent, inside, count)
 
     def _texts(self, answers: Sequence[dict[str, str]], part: Part, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings of a phrasing of every concept, the same for all parts of a step, and of the rationales."""
