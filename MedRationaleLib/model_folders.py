@@ -110,7 +110,6 @@ def read_settings(folder: Path) -> ModelSettings:
                 "version does not know; use the MedRationale version that wrote it, or a later one."
             )
         newer_tensors = _from_first_format(data) if stored == 1 else ()
-        data["model"].setdefault("reason_dim", 0)  # earlier models know none
         model = ModelConfig.from_dict(data["model"])
         if problem := model.problem():
             raise ValueError(problem)

@@ -286,6 +286,15 @@ def test_a_run_may_begin_with_concepts_apart_and_goes_on_from_where_it_stopped(r
     assert same(on.model.state_dict(), read_state(tmp_path / "spread" / STATE)["model"])
 
 
+def test_settings_of_a_run_from_before_reasons_had_convolutions_are_those_of_a_model_without_them(
+    run: FitConfig,
+) -> None:
+    settings = json.loads(json.dumps(asdict(run)))
+    assert FitConfig.from_dict(settings) == run
+    del settings["model"]["reason_dim"]
+    assert FitConfig.from_dict(settings).model == replace(run.model, reason_dim=0)
+
+
 def test_slices_are_trained_where_inference_asks_them(run: FitConfig, tmp_path: Path) -> None:
     """Of the two units the one that is asked for: both have a gradient, not the same, and one alone looks at glands."""
     told = []

@@ -71,8 +71,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of dataclasses.asdict, after JSON; KeyError or TypeError where fields are missing or unknown."""
+        """The inverse of dataclasses.asdict, after JSON; KeyError or TypeError where fields are missing or unknown.
+
+        Models and runs of before know no `reason_dim`.
+        """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields.setdefault("reason_dim", 0)
         return cls(**{**fields, "text": TextConfig(**fields["text"])})
 
     def problem(self) -> str | None:
