@@ -73,9 +73,10 @@ def export_run(
     model = _averaged(state, FitConfig.from_dict(settings), about["vocabulary"], bank, run)
     if initial_share:
         _mix(model, about, initial_share)
-    # What inference loads is float16; the embeddings are those of the text tower as it is stored.
+    # What inference loads is float16, the embeddings too, which are those of the text tower as it is stored.
     model.half().float()
     store_concept_embeddings(model, bank)
+    model.half().float()
     postprocessing: dict[str, Any] = {}
     training = {
         "steps": int(state["step"]),
