@@ -252,7 +252,7 @@ def assert_same_values_and_gradients(stock: torch.nn.Module, ours: torch.nn.Modu
 
 def test_the_decoder_without_detail_is_segment_anythings_called_image_by_image() -> None:
     torch.manual_seed(1)
-    ours = ClassMaskDecoder(replace(TINY, detail_dim=0, reason_dim=0)).eval()
+    ours = ClassMaskDecoder(replace(TINY, detail_dim=0)).eval()
     torch.nn.init.normal_(ours.no_prompt)
     sam = sam_modeling()
     theirs = sam.MaskDecoder(
