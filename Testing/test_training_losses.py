@@ -86,6 +86,19 @@ def test_without_any_answer_the_node_loss_is_zero_and_differentiable(targets: No
     assert similarity.grad is not None
 
 
+def test_where_answers_are_balanced_each_counts_alike_however_common_it_is(targets: NodeTargets) -> None:
+    absent, present = {"lesion_presence": "lesion_absent"}, {"lesion_presence": "lesion_present", "zone": "zone_pz"}
+    similarity = torch.zeros(4, len(targets.index))
+    similarity[0, targets.index["lesion_present"]] = similarity[1, targets.index["lesion_absent"]] = 0.1
+    scale = torch.tensor(10.0)
+    rows = [math.log(1 + math.exp(s)) for s in (-1, -1, 0, 0)]  # of three places without a lesion one is told
+    told = targets.loss(similarity, [present, absent, absent, absent], scale, balanced=True).item()
+    presence = (rows[0] + (rows[1] + rows[2] + rows[3]) / 3) / 2
+    assert told == pytest.approx((presence + math.log(2)) / len(targets.nodes), rel=1e-5)
+    plain = targets.loss(similarity, [present, absent, absent, absent], scale).item()
+    assert plain == pytest.approx((sum(rows) + math.log(2)) / 5, rel=1e-5)
+
+
 def test_phrases_cover_the_bank_and_are_drawn_from_it() -> None:
     bank = ConceptBank.load()
     phrases = all_phrases(bank)

@@ -32,13 +32,17 @@ from MedRationaleTraining.config import (  # noqa: E402
     check,
 )
 from MedRationaleTraining.constraints import LESION_SHARE  # noqa: E402
+from MedRationaleTraining.data.stacks import slice_lesions, whole_exam  # noqa: E402
+from MedRationaleTraining.data.synthetic import StoredExam, stored_exams  # noqa: E402
 from MedRationaleTraining.evaluation import evaluate  # noqa: E402
 from MedRationaleTraining.export import export_run, model_card  # noqa: E402
-from MedRationaleTraining.objective import Part  # noqa: E402
+from MedRationaleTraining.losses import NodeTargets  # noqa: E402
+from MedRationaleTraining.objective import Part, places  # noqa: E402
 from MedRationaleTraining.trainer import STATE, Trainer, read_state  # noqa: E402
 from training_samples import TINY, tiny_run  # noqa: E402
 
 from MedRationaleLib.concepts import ConceptBank  # noqa: E402
+from MedRationaleLib.decision_tree import DecisionTree  # noqa: E402
 from MedRationaleLib.errors import InputError  # noqa: E402
 from MedRationaleLib.model.checkpoint import load_checkpoint  # noqa: E402
 from MedRationaleLib.model.config import ModelConfig, medsam_biomedclip  # noqa: E402
@@ -309,10 +313,34 @@ def test_slices_are_trained_where_inference_asks_them(run: FitConfig, tmp_path: 
         gradient = trainer.model.f_img.patch_embed.proj.weight.grad
         assert gradient is not None and gradient.abs().sum() > 0
         for stack in parts[0]:
-            stack.masks.zero_()  # without a gland a slice is asked as a whole
+            stack.masks.zero_()  # without a gland, what is not lesion is the whole slice
         without = trainer.objective(Part(parts[0], 0, 0))[0]["slices"]
         told.append((float(terms["slices"].detach()), float(without.detach())))
-    assert told[0][0] == told[0][1] == pytest.approx(told[1][1]) and abs(told[1][0] - told[1][1]) > 1e-4
+    assert told[0][0] == told[0][1] and abs(told[1][0] - told[1][1]) > 1e-5
+
+
+def test_a_slices_lesion_is_nearer_to_presence_by_a_margin_and_nothing_else_is(run: FitConfig, tmp_path: Path) -> None:
+    """A margin beyond reach costs itself on lesions, which are half of one question's loss, and nothing elsewhere."""
+    loss = replace(run.loss, slice_unit="likeliest", slice_weight=1.0, slice_margin=100.0)
+    trainer = Trainer(replace(run, out=str(tmp_path / "run"), val=None, steps=1, loss=loss))
+    stacks = next(iter(trainer.batches()))[0]
+    assert any(r is not None for s in stacks for r in slice_lesions(s))
+    told = trainer.objective(Part(stacks, 0, 0))[0]["slices"]
+    nodes = len(NodeTargets(DecisionTree.load(), trainer.model.concepts).nodes)
+    assert float(told.detach()) == pytest.approx(float(trainer.model.logit_scale.exp()) * 100 / 2 / nodes, rel=0.05)
+
+
+def test_a_slice_is_trained_in_its_largest_lesion_and_in_the_gland_without_any(tiny_set: Path) -> None:
+    exams = [StoredExam.open(folder) for folder in stored_exams(tiny_set)]
+    stacks = [whole_exam(exam) for exam in exams]
+    assert any(r is not None for s in stacks for r in slice_lesions(s))
+    for stack in stacks:
+        lesion, elsewhere = places(stack)
+        for s, largest in enumerate(slice_lesions(stack)):
+            assert largest is None or stack.is_lesion[largest]
+            assert torch.equal(lesion[s], torch.zeros(64, 64) if largest is None else stack.regions[largest, s])
+        assert not elsewhere[stack.masks[:, 3] > 0].any()
+        assert torch.equal(elsewhere[stack.masks[:, 3] == 0], stack.masks[:, 0][stack.masks[:, 3] == 0])
 
 
 def test_the_heat_of_a_run_may_begin_elsewhere_than_the_initial_models(

@@ -51,8 +51,12 @@ class LossConfig:
     slice_weight: float = 0.1
     """The same with an embedding of every slice."""
     slice_unit: Literal["whole", "likeliest"] = "whole"
-    """The mean over the whole slice (the paper), or over a typical lesion's area where the slice looks most like one,
-    which is what inference asks; on a slice without a lesion that is what would be taken for one."""
+    """The mean over the whole slice (the paper), or over a typical lesion's area where it looks most like one, which is
+    what inference asks: lesions there, and the rest of every slice's gland, which has none. A question's answers then
+    count alike, however common each is."""
+    slice_margin: float = 0.0
+    """By how much, in cosine, a lesion there shall be nearer to the presence of one than to its absence, and all else
+    not: a benign nodule's own rationale says that something is there, a slice's not."""
     rationale_weight: float = 0.1
     """InfoNCE of regions against whole rationales within the batch."""
     text_every: int = 1
@@ -262,6 +266,7 @@ def check(config: FitConfig) -> None:
         (config.devices >= 1, "devices of at least 1", config.devices),
         (config.micro_batch is None or (config.micro_batch >= 1 and config.batch % config.micro_batch == 0),
          "a batch that is a multiple of micro_batch", (config.batch, config.micro_batch)),
+        (loss.slice_margin >= 0, "loss.slice_margin of at least 0", loss.slice_margin),
         (loss.text_every >= 1, "loss.text_every of at least 1", loss.text_every),
         (config.workers >= 0, "workers of 0 or more", config.workers),
         (config.save_every >= 1, "save_every of at least 1", config.save_every),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,7 +48,13 @@ class SegmentationLoss(nn.Module):
         return dice, self._focal(logits, masks) * (self._config.focal_weight * focal_scale)
 
 
-def info_nce(similarity: Tensor, positive: Tensor, scale: Tensor, candidates: Tensor | None = None) -> Tensor:
+def info_nce(
+    similarity: Tensor,
+    positive: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """-log( sum_{k positive} exp(s_k / tau) / sum_{k candidate} exp(s_k / tau) ), mean over rows.
 
     Args:
@@ -55,12 +62,14 @@ def info_nce(similarity: Tensor, positive: Tensor, scale: Tensor, candidates: Te
         positive: (R, K) bool, at least one True a row.
         scale: 1 / tau.
         candidates: (R, K) bool, which of the K compete; all where None.
+        weights: (R,) of the rows, in place of 1 / R each.
     """
     logits = similarity * scale
     if candidates is not None:
         logits = logits.masked_fill(~candidates, float("-inf"))
     hit = logits.masked_fill(~positive, float("-inf")).logsumexp(1)
-    return (logits.logsumexp(1) - hit).mean()
+    losses = logits.logsumexp(1) - hit
+    return losses.mean() if weights is None else losses @ weights
 
 
 class NodeTargets:
@@ -83,11 +92,19 @@ class NodeTargets:
                 rows.append((node, [self.index[c] for c in candidates], self.index[concept]))
         return rows
 
-    def loss(self, similarity: Tensor, answers: Sequence[Mapping[str, str]], scale: Tensor) -> Tensor:
-        """InfoNCE over all nodes of R rationales; similarity (R, K) of each region to every concept."""
+    def loss(
+        self, similarity: Tensor, answers: Sequence[Mapping[str, str]], scale: Tensor, *, balanced: bool = False
+    ) -> Tensor:
+        """InfoNCE over all nodes of R rationales; similarity (R, K) of each region to every concept.
+
+        Every row counts as much as any other. If `balanced`, every node does, and of a node's answers each that is
+        true of some row: which is the commonest is then no reason to give it.
+        """
         picked, masks, positives = [], [], []
+        asked: list[tuple[str, int]] = []
         for row, rationale in enumerate(answers):
-            for _, candidates, truth in self.rows(rationale):
+            for node, candidates, truth in self.rows(rationale):
+                asked.append((node, truth))
                 mask = torch.zeros(similarity.shape[1], dtype=torch.bool)
                 mask[candidates] = True
                 picked.append(row)
@@ -98,4 +115,11 @@ class NodeTargets:
         device = similarity.device
         chosen = similarity[torch.tensor(picked, device=device)]
         allowed = torch.stack(masks).to(device)
-        return info_nce(chosen, torch.stack(positives).to(device), scale, allowed)
+        weights = self._balance(asked).to(device) if balanced else None
+        return info_nce(chosen, torch.stack(positives).to(device), scale, allowed, weights)
+
+    def _balance(self, asked: Sequence[tuple[str, int]]) -> Tensor:
+        """Weights of (node, true concept) rows; their sum is the share of all nodes that occur."""
+        rows = Counter(asked)
+        answers = Counter(node for node, _ in rows)
+        return torch.tensor([1 / (rows[node, truth] * answers[node] * len(self.nodes)) for node, truth in asked])

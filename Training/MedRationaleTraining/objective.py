@@ -21,7 +21,7 @@ from MedRationaleLib.model.rationale_model import ModelOutput, RationaleModel
 from MedRationaleLib.model.text_encoder import TextEncoder
 from MedRationaleTraining.config import FitConfig
 from MedRationaleTraining.constraints import RationaleConstraints
-from MedRationaleTraining.data.stacks import Stack, slice_answers
+from MedRationaleTraining.data.stacks import Stack, absence, slice_answers, slice_lesions
 from MedRationaleTraining.losses import NodeTargets, SegmentationLoss, info_nce
 from MedRationaleTraining.phrases import all_phrases, draw_phrases, draw_rationale
 
@@ -85,9 +85,8 @@ class Objective(nn.Module):
         terms = {"dice": dice, "focal": focal}
         terms["nodes"] = self._config.node_weight * self._nodes.loss(pooled @ concepts.T, answers, scale)
 
-        slices = self._of_slices(output, stacks, concepts).flatten(0, 1)
-        true_of_slices = [a for s in stacks for a in slice_answers(s)]
-        terms["slices"] = self._config.slice_weight * self._nodes.loss(slices @ concepts.T, true_of_slices, scale)
+        of_slices = self._whole_slices if self._config.slice_unit == "whole" else self._likeliest_places
+        terms["slices"] = self._config.slice_weight * of_slices(output, stacks, concepts, scale)
         if rationales is not None and len(answers) > 1:
             same = torch.tensor([[a == b for b in answers] for a in answers], device=device)
             similarity = pooled @ rationales.T
@@ -97,16 +96,29 @@ class Objective(nn.Module):
             return terms, {}
         return terms, self.constraints(model, output, stacks, concepts, rng)
 
-    def _of_slices(self, output: ModelOutput, stacks: Sequence[Stack], concepts: Tensor) -> Tensor:
-        """(B, S, shared_dim)."""
-        if self._config.slice_unit == "whole":
-            return output.slice_means()
+    def _whole_slices(self, output: ModelOutput, stacks: Sequence[Stack], concepts: Tensor, scale: Tensor) -> Tensor:
+        answers = [a for s in stacks for a in slice_answers(s)]
+        return self._nodes.loss(output.slice_means().flatten(0, 1) @ concepts.T, answers, scale)
+
+    def _likeliest_places(
+        self, output: ModelOutput, stacks: Sequence[Stack], concepts: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Lesions where they look most like one, and of every slice the rest of the gland where it does."""
+        lesion, elsewhere = (torch.stack(p).to(concepts.device) for p in zip(*map(places, stacks), strict=True))
         size = output.embedding.shape[-2:]
-        glands = torch.stack([s.masks[:, CLASSES.index("gland")] for s in stacks]).to(output.embedding.device)
-        inside = nn.functional.interpolate(glands, size, mode="area") > 0.5
+        largest = nn.functional.interpolate(lesion, size, mode="area")
+        within = (largest > 0) & (largest >= largest.amax((2, 3), keepdim=True) / 2)
+        outside = nn.functional.interpolate(elsewhere, size, mode="area") > 0.5
         present, absent = (concepts[self._nodes.index[c]] for c in ("lesion_present", "lesion_absent"))
         count = max(1, round(TYPICAL_MM2 / self.model.patch_mm**2))
-        return output.likeliest_means(present - absent, inside, count)
+        asked = [output.likeliest_means(present - absent, place, count).flatten(0, 1) for place in (within, outside)]
+        of_lesions = [{} if r is None else s.answers[r] for s in stacks for r in slice_lesions(s)]
+        of_the_rest = [absence(s) for s in stacks for _ in s.images]
+        similarity = torch.cat(asked) @ concepts.T
+        margin = self._config.slice_margin * nn.functional.one_hot(
+            torch.tensor(self._nodes.index["lesion_present"], device=similarity.device), similarity.shape[1]
+        )
+        return self._nodes.loss(similarity - margin, of_lesions + of_the_rest, scale, balanced=True)
 
     def _texts(self, answers: Sequence[dict[str, str]], part: Part, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings of a phrasing of every concept, the same for all parts of a step, and of the rationales."""
@@ -143,6 +155,14 @@ def _segmentation_terms(loss: SegmentationLoss, logits: Tensor, stacks: Sequence
         masks = resized.unflatten(0, masks.shape[:2])
     known = torch.stack([s.known for s in stacks]).repeat_interleave(masks.shape[1], 0).to(logits.device)
     return loss(logits.flatten(0, 1), masks.flatten(0, 1), known)
+
+
+def places(stack: Stack) -> tuple[Tensor, Tensor]:
+    """(S, h, w) in [0, 1]: each slice's largest lesion, empty where it has none, and the gland without any lesion."""
+    empty = stack.regions.new_zeros(stack.regions.shape[2:])
+    regions = [empty if r is None else stack.regions[r, s] for s, r in enumerate(slice_lesions(stack))]
+    gland, lesion = (stack.masks[:, CLASSES.index(name)] for name in ("gland", "lesion"))
+    return torch.stack(regions), gland * (lesion == 0)
 
 
 def _pool(output: ModelOutput, stacks: Sequence[Stack]) -> Tensor:

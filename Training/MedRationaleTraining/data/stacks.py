@@ -116,16 +116,24 @@ def whole_exam(exam: StoredExam) -> Stack:
     return _assemble(zscore(images, valid), labels, regions, exam)
 
 
-def slice_answers(stack: Stack) -> list[dict[str, str]]:
-    """What is true of each slice: its largest lesion's rationale, or that there is no lesion, as far as it is known."""
-    absent = {"lesion_presence": "lesion_absent"} if stack.known[CLASSES.index("lesion")] else {}
+def slice_lesions(stack: Stack) -> list[int | None]:
+    """Index of each slice's largest lesion among the stack's regions."""
     areas = stack.regions.sum((2, 3))  # (R, S)
-    answers: list[dict[str, str]] = []
+    largest: list[int | None] = []
     for s in range(stack.images.shape[0]):
         lesions = [r for r, lesion in enumerate(stack.is_lesion) if lesion and areas[r, s] > 1]
-        largest = max(lesions, key=lambda r: float(areas[r, s]), default=None)
-        answers.append(stack.answers[largest] if largest is not None else absent)
-    return answers
+        largest.append(max(lesions, key=lambda r: float(areas[r, s]), default=None))
+    return largest
+
+
+def absence(stack: Stack) -> dict[str, str]:
+    """What is true where no lesion is marked, as far as it is known."""
+    return {"lesion_presence": "lesion_absent"} if stack.known[CLASSES.index("lesion")] else {}
+
+
+def slice_answers(stack: Stack) -> list[dict[str, str]]:
+    """What is true of each slice: its largest lesion's rationale, or that there is no lesion, as far as it is known."""
+    return [absence(stack) if r is None else stack.answers[r] for r in slice_lesions(stack)]
 
 
 def _assemble(images: np.ndarray, labels: np.ndarray, regions: np.ndarray, exam: StoredExam) -> Stack:
