@@ -900,8 +900,9 @@ def test_heatmaps_alone_are_trained_on_top_of_the_shipped_configuration() -> Non
 
 
 def test_the_shipped_configuration_is_what_the_shipped_weights_ended_with() -> None:
-    config = config_of(ROOT / "Training" / "configs" / "compact.yaml")
-    assert config.model == ModelConfig()
+    files = [ROOT / "Training" / "configs" / f"{name}.yaml" for name in ("compact", "heatmaps")]
+    config = config_of(*files, also=("--initial", "a model"))
+    assert config.model == ModelConfig() == load_checkpoint("compact").model.config
     settings = load_checkpoint("compact").training["settings"]
     shipped = FitConfig.from_dict({**asdict(config), **settings})
     assert shipped == config

@@ -60,9 +60,9 @@ class ModelConfig:
     detail_dim: int = 16
     """Channels at half size of the pyramid of convolutions that joins encoder, decoder and shared space; each level
     doubles them; 0 is the paper's model, without it."""
-    reason_dim: int = 0
+    reason_dim: int = 16
     """Channels at half size of the shared space's own convolutions on the image, for what masks do not need to know of
-    a lesion (texture, margin, how dark it is), 16 in answers.yaml; 0 is without them. They need detail_dim."""
+    a lesion (texture, margin, how dark it is); 0 is without them, as in the paper's model. They need detail_dim."""
     shared_dim: int = 96
     """Dimensions of the space that image and text share (BiomedCLIP: 512)."""
     heatmap: Literal["sigmoid", "relu", "raw"] = "sigmoid"
@@ -71,8 +71,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of dataclasses.asdict, after JSON; KeyError or TypeError where fields are missing or unknown."""
+        """The inverse of dataclasses.asdict, after JSON; KeyError or TypeError where fields are missing or unknown.
+
+        Models and runs of before know no `reason_dim`.
+        """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields.setdefault("reason_dim", 0)
         return cls(**{**fields, "text": TextConfig(**fields["text"])})
 
     def problem(self) -> str | None:
@@ -121,6 +125,7 @@ def medsam_biomedclip() -> ModelConfig:
         decoder_heads=8,
         decoder_mlp=2048,
         detail_dim=0,
+        reason_dim=0,
         shared_dim=512,
         text=TextConfig(kind="biomedclip", width=768, layers=12, heads=12, context_length=256),
     )

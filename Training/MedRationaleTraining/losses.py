@@ -69,7 +69,7 @@ def info_nce(
         logits = logits.masked_fill(~candidates, float("-inf"))
     hit = logits.masked_fill(~positive, float("-inf")).logsumexp(1)
     losses = logits.logsumexp(1) - hit
-    return losses.mean() if weights is None else losses @ weights
+    return losses.mean() if weights is None else (losses * weights).sum()
 
 
 class NodeTargets:

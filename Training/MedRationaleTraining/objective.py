@@ -158,7 +158,10 @@ def _segmentation_terms(loss: SegmentationLoss, logits: Tensor, stacks: Sequence
 
 
 def places(stack: Stack) -> tuple[Tensor, Tensor]:
-    """(S, h, w) in [0, 1]: each slice's largest lesion, empty where it has none, and the gland without any lesion."""
+    """Each slice's largest lesion (S, 64, 64), empty where it has none, and its gland without any (S, 128, 128).
+
+    Both in [0, 1].
+    """
     empty = stack.regions.new_zeros(stack.regions.shape[2:])
     regions = [empty if r is None else stack.regions[r, s] for s, r in enumerate(slice_lesions(stack))]
     gland, lesion = (stack.masks[:, CLASSES.index(name)] for name in ("gland", "lesion"))
