@@ -716,6 +716,8 @@ def test_figures_of_other_weights_do_not_get_into_a_card(run: FitConfig, tmp_pat
     (tmp_path / "evaluation.json").write_text(json.dumps(report))
     with pytest.raises(InputError, match="one of others"):
         export_run(Path(run.out), tmp_path / "model", evaluation=tmp_path / "evaluation.json")
+    with pytest.raises(InputError, match="got both"):
+        export_run(Path(run.out), tmp_path / "model", evaluation=tmp_path / "evaluation.json", calibrate_on="val")
     assert not (tmp_path / "model").exists()
 
 

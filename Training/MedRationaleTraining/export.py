@@ -58,8 +58,13 @@ def export_run(
             (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022).
 
     Raises:
-        InputError: nothing to export, an evaluation or scores of other weights, or an initial model that is not there.
+        InputError: nothing to export, an evaluation or scores of other weights, thresholds from two sources, or an
+            initial model that is not there.
     """
+    if evaluation and calibrate_on is not None:
+        raise InputError(
+            "Expected thresholds from a validation set or from an evaluation, got both; leave one of them out."
+        )
     report = _read_evaluation(evaluation) if evaluation else None
     if report is not None and (out / CONFIG).exists() and load_checkpoint(out).sha256 == report["weights_sha256"]:
         return _with_evaluation(out, report, scores)
