@@ -327,7 +327,7 @@ def test_a_slices_lesion_is_nearer_to_presence_by_a_margin_and_nothing_else_is(r
     assert any(r is not None for s in stacks for r in slice_lesions(s))
     told = trainer.objective(Part(stacks, 0, 0))[0]["slices"]
     nodes = len(NodeTargets(DecisionTree.load(), trainer.model.concepts).nodes)
-    assert float(told.detach()) == pytest.approx(float(trainer.model.logit_scale.exp()) * 100 / 2 / nodes, rel=0.05)
+    assert float(told.detach()) == pytest.approx(trainer.model.logit_scale.exp().item() * 100 / 2 / nodes, rel=0.05)
 
 
 def test_a_slice_is_trained_in_its_largest_lesion_and_in_the_gland_without_any(tiny_set: Path) -> None:
