@@ -267,6 +267,8 @@ def check(config: FitConfig) -> None:
         (config.micro_batch is None or (config.micro_batch >= 1 and config.batch % config.micro_batch == 0),
          "a batch that is a multiple of micro_batch", (config.batch, config.micro_batch)),
         (loss.slice_margin >= 0, "loss.slice_margin of at least 0", loss.slice_margin),
+        (loss.slice_margin == 0 or loss.slice_unit == "likeliest", "loss.slice_unit likeliest, for slice_margin",
+         loss.slice_unit),
         (loss.text_every >= 1, "loss.text_every of at least 1", loss.text_every),
         (config.workers >= 0, "workers of 0 or more", config.workers),
         (config.save_every >= 1, "save_every of at least 1", config.save_every),

@@ -115,10 +115,8 @@ class Objective(nn.Module):
         of_lesions = [{} if r is None else s.answers[r] for s in stacks for r in slice_lesions(s)]
         of_the_rest = [absence(s) for s in stacks for _ in s.images]
         similarity = torch.cat(asked) @ concepts.T
-        margin = self._config.slice_margin * nn.functional.one_hot(
-            torch.tensor(self._nodes.index["lesion_present"], device=similarity.device), similarity.shape[1]
-        )
-        return self._nodes.loss(similarity - margin, of_lesions + of_the_rest, scale, balanced=True)
+        similarity[:, self._nodes.index["lesion_present"]] -= self._config.slice_margin
+        return self._nodes.loss(similarity, of_lesions + of_the_rest, scale, balanced=True)
 
     def _texts(self, answers: Sequence[dict[str, str]], part: Part, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings of a phrasing of every concept, the same for all parts of a step, and of the rationales."""
