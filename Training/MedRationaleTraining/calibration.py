@@ -19,6 +19,7 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.postprocessing import (
     OF_MASK,
+    SAID,
     Candidate,
     PostprocessingConfig,
     Sequences,
@@ -223,14 +224,16 @@ def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
     )
 
 
-def _names(seen_on: str) -> tuple[str, ...]:
-    """Features of a candidate that was seen on these."""
-    return (*OF_MASK, *seen_on.split("+")[1:])
+def _names(seen_on: str, found: Sequence[_Found]) -> tuple[str, ...]:
+    """Features of a candidate that was seen on these; what a model says is among them where it gives reasons."""
+    imaged = seen_on.split("+")[1:]
+    reasons = any(name + SAID in features for f in found for _, features in f.candidates for name in imaged)
+    return (*OF_MASK, *imaged, *(name + SAID for name in imaged if reasons))
 
 
 def _table(found: Sequence[_Found], seen_on: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the candidates that were seen on all of these: features, hit or not, examination, and place in the list."""
-    names = _names(seen_on)
+    names = _names(seen_on, found)
     rows = [
         ([features[n] for n in names], hit, case, place)
         for case, f in enumerate(found)
@@ -267,7 +270,7 @@ def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
         x, hits, cases, _ = _table(found, seen_on)
         if _enough(hits, cases):
             fitted = LogisticRegression().fit(x, hits)
-            named = zip(_names(seen_on), fitted.coef_[0], strict=True)
+            named = zip(_names(seen_on, found), fitted.coef_[0], strict=True)
             weights[seen_on] = {"intercept": round(float(fitted.intercept_[0]), 4)}
             weights[seen_on] |= {name: round(float(w), 4) for name, w in named}
     return weights
