@@ -27,7 +27,7 @@ from MedRationaleLib.postprocessing import (
     lesion_candidates,
     split_zones,
 )
-from MedRationaleTraining.evaluation import SPACING, assess_masks, predictions
+from MedRationaleTraining.evaluation import SPACING, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
 from MedRationaleTraining.rationale_metrics import asked
@@ -56,11 +56,11 @@ class Calibration:
     """As PostprocessingConfig has it; empty where there were too few candidates to fit it."""
     lesion_slices: int
     """Slices of the set on which candidates are then shown, cross-validated, too."""
-    gland_dice: dict[float, dict[float, float]] = field(default_factory=dict)
-    """Opening in mm -> threshold -> mean volume Dice; like the next two, empty where the choice was an earlier one."""
-    lesion_score: dict[float, float] = field(default_factory=dict)
+    gland_dice: dict[float, dict[float, float]]
+    """Opening in mm -> threshold -> mean volume Dice."""
+    lesion_score: dict[float, float]
     """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
-    lesion_f2: dict[float, float] = field(default_factory=dict)
+    lesion_f2: dict[float, float]
     """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
     presence_margin: float = 0.0
     """As PostprocessingConfig has it: by retrieval as many slices have a lesion as by the masks."""
@@ -80,12 +80,8 @@ def calibrate(
     *,
     cases: int | None = None,
     device: str = "cpu",
-    of_masks: PostprocessingConfig | None = None,
 ) -> Calibration:
-    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap.
-
-    Where `of_masks` was chosen for these very masks before, the first of these is taken from there.
-    """
+    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap."""
     tree = DecisionTree.load()
     concepts = list(tree.bank)
     overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -103,7 +99,7 @@ def calibrate(
             nearer.append(rows[:, concepts.index(tree.present)] - rows[:, concepts.index(tree.absent)])
             yield found.probabilities, found.truth, found.sequences
 
-    chosen = calibrate_masks(masks(), folder) if of_masks is None else chosen_before(masks(), of_masks)
+    chosen = calibrate_masks(masks(), folder)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
     chosen = replace(
         chosen,
@@ -194,21 +190,6 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
         gland_dice={o: {t: v for (of, t), v in mean_dice.items() if of == o} for o in OPENINGS},
         lesion_score=scores,
         lesion_f2=f2,
-    )
-
-
-def chosen_before(
-    masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], config: PostprocessingConfig
-) -> Calibration:
-    """The choice that `config` holds, with the slices counted on which candidates are shown by it."""
-    shown = (assess_masks(*of_case, config)[1]["lesions"] for of_case in masks)
-    return Calibration(
-        gland_threshold=config.gland_threshold,
-        gland_opening_mm=config.gland_opening_mm,
-        lesion_floor=config.lesion_floor,
-        lesion_likelihood=config.lesion_likelihood,
-        likelihood={seen_on: dict(weights) for seen_on, weights in config.likelihood.items()},
-        lesion_slices=sum(int(lesions.any((1, 2)).sum()) for lesions in shown),
     )
 
 

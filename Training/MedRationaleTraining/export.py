@@ -102,10 +102,7 @@ def export_run(
         postprocessing = _thresholds(report)
         training["evaluation"] = _figures(report)
     elif calibrate_on is not None:
-        of_masks = None
-        if settings.get("tuning", {}).get("masks") == "frozen" and (known := _initial(about).postprocessing):
-            of_masks = PostprocessingConfig(**known)
-        chosen = calibrate(model, calibrate_on, cases=cases, of_masks=of_masks)
+        chosen = calibrate(model, calibrate_on, cases=cases)
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
     else:
