@@ -38,6 +38,8 @@ GLAND = tuple(round(0.1 * i, 1) for i in range(3, 10))
 OPENINGS = (1.5, 5.0, 8.0)
 """mm; from the slices' distance up, an opening also takes away what is thin from slice to slice."""
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
+ALIKE = 0.01
+"""Floors whose scores differ by less score the same: with 90 examinations a score's standard error is near 0.05."""
 LIKELIHOODS = tuple(round(0.02 * i, 2) for i in range(1, 50))
 SEEN_ON = ("mask", "mask+adc", "mask+dwi", "mask+adc+dwi")
 FOLDS = 5
@@ -149,9 +151,10 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
 
     The gland's opening and threshold have the best mean Dice. A candidate's likelihood is a logistic regression,
     fitted for each of the combinations of sequences that it may have been seen on. The lesions' floor, which sets how
-    far a candidate reaches, has the best picai_eval score. That score never falls when less likely candidates are
-    added, so it would show all of them; the likelihood from which one is shown has the best F2 over picai_eval's
-    matches instead, for a false candidate is dismissed more easily than a lesion that was not shown is found.
+    far a candidate reaches, has the best picai_eval score, or one as good (ALIKE). That score never falls when less
+    likely candidates are added, so it would show all of them; the likelihood from which one is shown has the best F2
+    over picai_eval's matches instead, for a false candidate is dismissed more easily than a lesion that was not shown
+    is found.
     """
     base = PostprocessingConfig()
     gland_dice: dict[tuple[float, float], list[float]] = {(o, t): [] for o in OPENINGS for t in GLAND}
@@ -177,7 +180,7 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
         )
     opening, threshold = _best(mean_dice, (base.gland_opening_mm, base.gland_threshold))
     scores = {floor: detection.score() for floor, detection in detections.items()}
-    floor = _best(scores, base.lesion_floor)
+    floor = _best(scores, base.lesion_floor, ALIKE)
     f2 = {threshold: detections[floor].f2(threshold) for threshold in LIKELIHOODS}
     shown_from = _best(f2, base.lesion_likelihood)
     return Calibration(
@@ -257,8 +260,8 @@ def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
     return weights
 
 
-def _best(scores: dict[Choice, float], default: Choice) -> Choice:
-    """What has the highest score; of equal ones the nearest to the default."""
+def _best(scores: dict[Choice, float], default: Choice, alike: float = 1e-9) -> Choice:
+    """What has the highest score; of those that are alike the nearest to the default."""
     highest = max(scores.values())
-    equal = (choice for choice, score in scores.items() if score >= highest - 1e-9)
+    equal = (choice for choice, score in scores.items() if score >= highest - alike)
     return min(equal, key=lambda choice: np.abs(np.subtract(choice, default)).tolist())
