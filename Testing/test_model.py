@@ -333,21 +333,6 @@ def test_images_of_another_size_are_resized_to_the_models() -> None:
         assert torch.equal(model(images).mask_logits, model(small).mask_logits)
 
 
-def test_slices_taken_a_few_at_a_time_say_what_they_say_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = tiny_model(), torch.randn(2, 4, 3, 64, 64)
-    torch.nn.init.normal_(model.projection.join.weight)  # as trained: what joins is there
-    sizes: list[int] = []
-    model.f_mask.register_forward_hook(lambda _, given, out: sizes.append(len(out)))
-    with torch.no_grad():
-        few = model(images)
-        monkeypatch.setattr("MedRationaleLib.model.rationale_model.AT_ONCE", 8)
-        whole = model(images)
-    model(images)  # a backward pass may follow: all at once
-    assert sizes == [6, 2, 8, 8]
-    for name in ("mask_logits", "embedding", "inverse_norm"):
-        torch.testing.assert_close(getattr(few, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("form", "heat"), [("sigmoid", None), ("relu", [0.0, 0.3, 1.0]), ("raw", [-0.4, 0.3, 1.0])])
 def test_heat_grows_with_the_cosine_and_is_dark_where_it_is_negative(form: str, heat: list[float] | None) -> None:
     model = RationaleModel(replace(TINY, heatmap=form), ["a"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +12,6 @@ from torch import Tensor, nn
 from MedRationaleLib.model.config import ModelConfig
 from MedRationaleLib.model.image_encoder import DetailPyramid, ImageEncoder, SharedProjection
 from MedRationaleLib.model.mask_decoder import ClassMaskDecoder
-
-AT_ONCE = 6
-"""Slices that convolutions take at once on a CPU where nothing is kept for a backward pass: what lies in between stays
-in the cache, and memory that the process has is used again."""
-
-
-def _few_at_once(function: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
-    """function(*given), which looks at each of the N slices by itself, a few at a time where that is faster."""
-    if given[0].device.type != "cpu" or torch.is_grad_enabled() or len(given[0]) <= AT_ONCE:
-        return function(*given)
-    parts = [function(*some) for some in zip(*(x.split(AT_ONCE) for x in given), strict=True)]
-    return tuple(torch.cat(of_all) for of_all in zip(*parts, strict=True))
 
 
 @dataclass(kw_only=True)
@@ -133,21 +121,16 @@ class RationaleModel(nn.Module):
         if images.shape[-1] != self.config.pixels:
             resized = nn.functional.interpolate(images.flatten(0, 1), (self.config.pixels,) * 2, mode="bilinear")
             images = resized.unflatten(0, (batch, slices))
-        flat = images.flatten(0, 1)
-        detail = _few_at_once(self.detail, flat) if self.detail is not None else ()
+        detail = self.detail(images.flatten(0, 1)) if self.detail is not None else ()
         encoded = self.f_img(images, detail)
-        logits, shared, inverse_norm = _few_at_once(self._decode, encoded, flat, *detail)
+        logits = self.f_mask(encoded, detail).float()
+        shared = self.projection(encoded, detail, images.flatten(0, 1))
+        inverse_norm = shared.float().square().sum(1).clamp(min=1e-12).rsqrt()
         return ModelOutput(
             mask_logits=logits.unflatten(0, (batch, slices)),
             embedding=shared.unflatten(0, (batch, slices)),
             inverse_norm=inverse_norm.unflatten(0, (batch, slices)),
         )
-
-    def _decode(self, encoded: Tensor, images: Tensor, *detail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of N slices the mask logits, the embedding in the shared space, and 1 over its length."""
-        shared = self.projection(encoded, detail, images)
-        inverse_norm = shared.float().square().sum(1).clamp(min=1e-12).rsqrt()
-        return self.f_mask(encoded, detail).float(), shared, inverse_norm
 
     @property
     def patch_mm(self) -> float:
