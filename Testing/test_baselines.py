@@ -49,6 +49,9 @@ def test_a_baseline_is_trained_and_measured_by_the_same_commands(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(run)))))
     assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "val.csv").read_text(encoding="utf-8").startswith("step,dice_gland")
+    capsys.readouterr()
+    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 2
+    assert "`medrationale-train resume --run" in capsys.readouterr().err.replace("\n", " ")
     model, out = tmp_path / "run" / "model", tmp_path / "test"
     assert main(["evaluate", "--model", str(model), "--data", str(one), "--out", str(out)]) == 0
     report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))

@@ -70,6 +70,11 @@ def export_run(
     state = read_state(_existing(run / STATE))
     about = _about(run, config)
     settings: dict[str, Any] = about["config"]
+    if baseline := settings.get("baseline"):
+        raise InputError(
+            f"Expected a run of a model that gives reasons, got one of {baseline} in {run}; "
+            f"`medrationale-train resume --run {run}` writes its folder."
+        )
     check_writable(out)
     bank = ConceptBank.load()
     if about["concepts"] != list(bank):
