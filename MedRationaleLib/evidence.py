@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import SimpleITK as sitk
@@ -12,11 +12,6 @@ from MedRationaleLib.preprocessing import Grid
 
 TYPICAL_MM2 = 130.0
 """Area of the median lesion (13 mm across) in its largest slice."""
-SIGNAL = {
-    "adc": ("adc_normal", "adc_marked_hypointense"),
-    "dwi": ("dwi_normal", "dwi_marked_hyperintense"),
-}
-"""Sequence -> the least and the most suspicious answer to what its signal is like."""
 
 
 def evidence_image(heat: np.ndarray, grid: Grid, reference: sitk.Image) -> sitk.Image:
@@ -34,21 +29,6 @@ def region_similarity(similarity: np.ndarray, weights: np.ndarray) -> np.ndarray
     """
     total = weights.sum()
     return np.tensordot(similarity, weights / total, axes=3) if total > 0 else similarity.mean((1, 2, 3))
-
-
-def said_of_signal(similarity: np.ndarray, concepts: Sequence[str], scale: float) -> dict[str, np.ndarray]:
-    """Sequence -> the log odds, by InfoNCE's softmax, of its most against its least suspicious answer at every patch.
-
-    Args:
-        similarity: (K, ...) of every patch to every concept.
-        concepts: the K ids.
-        scale: 1 / tau, by which similarities are multiplied in training.
-    """
-
-    def of(concept: str) -> np.ndarray:
-        return similarity[concepts.index(concept)]
-
-    return {name: np.float32(scale) * (of(most) - of(least)) for name, (least, most) in SIGNAL.items()}
 
 
 def asked_of_slices(

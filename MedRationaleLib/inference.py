@@ -21,10 +21,10 @@ from MedRationaleLib.assessment import Assessment, Candidate, Finding, SliceRati
 from MedRationaleLib.concepts import ConceptBank
 from MedRationaleLib.decision_tree import Dce, DecisionTree, Node
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.evidence import asked_of_slices, evidence_image, rank, region_similarity, said_of_signal
+from MedRationaleLib.evidence import asked_of_slices, evidence_image, rank, region_similarity
 from MedRationaleLib.findings import LesionMeasurement, measure_gland, measure_lesions
 from MedRationaleLib.network import Network, Precision, Prediction
-from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, Seen, clean_gland, zone_signal
+from MedRationaleLib.postprocessing import DIFFUSION, Masks, PostprocessingConfig, clean_gland, zone_signal
 from MedRationaleLib.preprocessing import CropSpec, Grid, ModelInput, prepare
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.study import Study
@@ -171,8 +171,7 @@ class Predictor:
         prediction = self._predict(study, clock, report)
         report("masks", 0.0)
         with clock.time("masks"):
-            said = said_of_signal(prediction.similarity, self.model.concepts, self.model.logit_scale.exp().item())
-            masks = prediction.masks(self.postprocessing, study, said)
+            masks = prediction.masks(self.postprocessing, study)
         report("findings", 0.0)
         with clock.time("findings"):
             gland = measure_gland(masks.gland)
@@ -421,7 +420,7 @@ def _signal(lesion: LesionMeasurement, masks: Masks, study: Study) -> dict[str, 
     array = sitk.GetArrayViewFromImage
     lesions, zone = array(masks.lesions), array(masks.pz if lesion.zone == "PZ" else masks.tz) > 0
     sequences = {
-        name: Seen(array(image), array(study.valid[name]) > 0 if name in study.valid else np.ones_like(zone))
+        name: (array(image), array(study.valid[name]) > 0 if name in study.valid else np.ones_like(zone))
         for name in ("t2w", *DIFFUSION)
         if (image := getattr(study, name)) is not None
     }

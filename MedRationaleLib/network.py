@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,8 +43,8 @@ class Prediction:
     seen: np.ndarray
     """(S,) bool: slices that the network was shown; of the others all is 0."""
 
-    def masks(self, config: PostprocessingConfig, study: Study, said: Mapping[str, np.ndarray]) -> Masks:
-        """Clean masks on the grid of the study's T2W, as that is stored; `said` as evidence.said_of_signal has it.
+    def masks(self, config: PostprocessingConfig, study: Study) -> Masks:
+        """Clean masks on the grid of the study's T2W, as that is stored.
 
         They are decided on the coarser of its lattice and the crop's: on the crop's for every T2W that is stored at
         least as finely, and then copied by nearest neighbour, so that finer storage changes no outline.
@@ -55,7 +55,6 @@ class Prediction:
             name: (
                 grid.image(grid.from_reference(getattr(study, name))),
                 grid.image(grid.from_reference(study.valid[name], nearest=True)),
-                grid.image(grid.from_reference(self.grid.image(said[name]))),
             )
             for name in DIFFUSION
             if name not in study.missing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,27 +29,10 @@ DIFFUSION = ("adc", "dwi")
 """Sequences that a candidate's likelihood looks at beside its mask, where they were imaged."""
 OF_MASK = ("peak", "volume", "tz")
 """Features of a candidate that need no other sequence, see Candidate.features."""
-SAID = "_said"
-"""Added to a sequence's name where its feature is the model's answer."""
 UNFITTED = {"intercept": 0.0, "peak": 1.0}
 """Weights of the likelihood where none were fitted: it is then the highest mask probability."""
-
-
-class Seen(NamedTuple):
-    """One sequence, all of it (z, y, x)."""
-
-    values: Array
-    """As imaged."""
-    valid: Mask
-    """Where they are data."""
-    said: Array | None = None
-    """What a model that gives reasons says of the signal, see evidence.said_of_signal."""
-
-    def within(self, box: tuple[slice, ...]) -> Seen:
-        return Seen(self.values[box], self.valid[box], None if self.said is None else self.said[box])
-
-
-Sequences = Mapping[str, Seen]
+Sequences = Mapping[str, tuple[Array, Mask]]
+"""Sequence -> its (z, y, x) values, and where they are data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +101,21 @@ class Masks:
 def clean_masks(
     probabilities: Mapping[str, sitk.Image],
     config: PostprocessingConfig | None = None,
-    sequences: Mapping[str, tuple[sitk.Image, ...]] | None = None,
+    sequences: Mapping[str, tuple[sitk.Image, sitk.Image]] | None = None,
 ) -> Masks:
     """Probabilities -> masks (paper, Appendix D), all on one grid.
 
     Args:
         probabilities: "gland", "pz", "tz", "lesion" in [0, 1].
         config: thresholds and weights of the model.
-        sequences: "adc" and "dwi" -> the images that make a Seen; candidates are judged without what is not there.
+        sequences: "adc" and "dwi" -> image, and where it has data; candidates are judged without what is not there.
     """
     config = config or PostprocessingConfig()
     reference = probabilities["gland"]
     grid = Grid.of(reference)
     arrays = {name: canonical_array(image) for name, image in probabilities.items()}
     seen = {
-        name: Seen(canonical_array(image), canonical_array(valid) > 0, *map(canonical_array, said))
-        for name, (image, valid, *said) in (sequences or {}).items()
+        name: (canonical_array(image), canonical_array(valid) > 0) for name, (image, valid) in (sequences or {}).items()
     }
     spacing = grid.spacing[::-1]
     gland = clean_gland(arrays["gland"], spacing, config)
@@ -209,8 +191,7 @@ class Candidate:
     """(z, y, x)."""
     features: Mapping[str, float]
     """"peak": logit of its highest probability; "volume": log of its ml; "tz": 1 in the transition zone, 0 in the
-    peripheral. "adc", "dwi", where imaged: log of its mean over the median of its zone outside every candidate;
-    "adc_said", "dwi_said": mean of what the model says of it there, where it gives reasons."""
+    peripheral. "adc", "dwi", where imaged: log of its mean over the median of its zone outside every candidate."""
 
     @property
     def seen_on(self) -> str:
@@ -241,7 +222,7 @@ def lesion_candidates(
         return []
     box = bounding_box(gland, spacing, config.lesion_reach_mm)
     probability, gland, pz, tz = probability[box], gland[box], pz[box], tz[box]
-    sequences = {name: seen.within(box) for name, seen in sequences.items()}
+    sequences = {name: (values[box], valid[box]) for name, (values, valid) in sequences.items()}
     near = ndimage.distance_transform_edt(~gland, sampling=spacing) <= config.lesion_reach_mm
     voxel_ml = float(np.prod(spacing)) / 1000
     kept = []
@@ -265,8 +246,6 @@ def lesion_candidates(
         for name, (inside, rest) in zone_signal(lesion, zone & beside, sequences).items():
             if rest > 0:
                 features[name] = float(np.log(np.clip(inside / rest, 0.05, 20)))
-                if (said := sequences[name].said) is not None:
-                    features[name + SAID] = float(said[lesion].mean())
         mask = np.zeros(shape, bool)
         mask[box] = lesion
         candidates.append(Candidate(mask=mask, features=features))
@@ -276,7 +255,7 @@ def lesion_candidates(
 def zone_signal(lesion: Mask, rest: Mask, sequences: Sequences) -> dict[str, tuple[float, float]]:
     """Sequence -> its mean over a lesion, its median over the rest of the lesion's zone; where it has data in both."""
     found = {}
-    for name, (values, valid, _) in sequences.items():
+    for name, (values, valid) in sequences.items():
         inside, beside = values[lesion & valid], values[rest & valid]
         if inside.size and beside.size:
             found[name] = float(inside.mean()), float(np.median(beside))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from MedRationaleTraining.calibration import SPACING, calibrate_masks, margin_of
+from MedRationaleTraining.calibration import ALIKE, SPACING, _best, calibrate_masks, margin_of
 
 from MedRationaleLib.errors import InputError
-from MedRationaleLib.postprocessing import PostprocessingConfig, Seen, lesion_candidates
+from MedRationaleLib.postprocessing import PostprocessingConfig, lesion_candidates
 
 SHAPE = (4, 96, 96)
 
@@ -29,7 +29,7 @@ def examinations(count: int, *, hits: bool = True) -> Iterator[tuple]:
         truth = np.stack([gland, gland, np.zeros(SHAPE, bool), lesion if hits else np.zeros(SHAPE, bool)])
         adc = rng.normal(1500, 50, SHAPE) * np.where(lesion, rng.uniform(0.4, 0.7), np.where(mimic, 0.95, 1))
         dwi = rng.normal(100, 3, SHAPE)
-        seen = {name: Seen(values, np.ones(SHAPE, bool)) for name, values in (("adc", adc), ("dwi", dwi))}
+        seen = {name: (values, np.ones(SHAPE, bool)) for name, values in (("adc", adc), ("dwi", dwi))}
         yield np.stack([pz, pz, 1 - pz, probability]), truth, seen
 
 
@@ -49,22 +49,6 @@ def test_likelihood_learns_what_tells_lesions_from_their_mimics() -> None:
     assert chosen.lesion_slices == 24  # of every examination the two that its lesion is on
 
 
-def test_likelihood_learns_from_what_the_model_says_where_it_gives_reasons() -> None:
-    """Where the sequences themselves show nothing."""
-
-    def with_reasons() -> Iterator[tuple]:
-        rng = np.random.default_rng(2)
-        for p, truth, seen in examinations(12):
-            said = {name: np.where(truth[3], 1.0, -1.0) * rng.uniform(0.5, 3) for name in seen}
-            grey = {name: Seen(np.full(SHAPE, 100.0), values.valid, said[name]) for name, values in seen.items()}
-            yield p, truth, grey
-
-    chosen = calibrate_masks(with_reasons(), "set")
-    assert set(chosen.likelihood["mask+adc"]) == {"intercept", "peak", "volume", "tz", "adc", "adc_said"}
-    assert chosen.likelihood["mask+adc"]["adc_said"] > 0.5 and chosen.likelihood["mask+adc"]["adc"] == 0
-    assert max(chosen.lesion_f2.values()) == 1
-
-
 def test_what_scored_each_choice_saw_no_candidate_of_the_examination_that_it_judged() -> None:
     """With signals that are chance, weights fitted on all candidates would still find some order among them."""
 
@@ -72,7 +56,7 @@ def test_what_scored_each_choice_saw_no_candidate_of_the_examination_that_it_jud
         rng = np.random.default_rng(1)
         for p, truth, seen in examinations(10):
             spots = p[3] > 0.5, truth[3]
-            for values, *_ in seen.values():
+            for values, _ in seen.values():
                 for spot in (spots[0] & ~spots[1], spots[1]):
                     values[spot] = values[~spots[0]].mean() * rng.uniform(0.2, 5)
             yield p, truth, seen
@@ -83,6 +67,12 @@ def test_what_scored_each_choice_saw_no_candidate_of_the_examination_that_it_jud
 def test_with_too_few_lesions_likelihood_is_the_mean_mask_probability() -> None:
     chosen = calibrate_masks(examinations(3), "set")
     assert chosen.likelihood == {}
+
+
+def test_of_floors_that_score_alike_it_is_the_one_nearest_to_the_default() -> None:
+    scores = {0.1: 0.598, 0.2: 0.591, 0.25: 0.595, 0.5: 0.599}
+    assert _best(scores, 0.25, ALIKE) == 0.25 and _best(scores, 0.25) == 0.5
+    assert _best({**scores, 0.5: 0.61}, 0.25, ALIKE) == 0.5
 
 
 def test_the_gland_is_opened_as_far_as_takes_away_what_is_no_gland() -> None:

@@ -8,7 +8,6 @@ import pytest
 import SimpleITK as sitk
 
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.evidence import said_of_signal
 from MedRationaleLib.inference import Predictor, Stopwatch, index_first
 from MedRationaleLib.phantom import write_phantom
 from MedRationaleLib.study import Study
@@ -166,8 +165,7 @@ def test_masks_of_a_t2w_as_fine_as_the_crop_depend_on_no_lattice(eager, prostate
     """One and the same prediction, decided for the T2W as it came and for its copy: no outline moves."""
     copy = Study.from_images(**{name: store(image) for name, image in images(prostatex).items()})
     prediction = eager._predict(prostatex, Stopwatch(), lambda *_: None)
-    said = said_of_signal(prediction.similarity, eager.model.concepts, 1.0)
-    first, second = (prediction.masks(eager.postprocessing, study, said) for study in (prostatex, copy))
+    first, second = (prediction.masks(eager.postprocessing, study) for study in (prostatex, copy))
     for name in ("gland", "pz", "tz", "lesions"):
         assert dice(getattr(first, name), getattr(second, name)) == 1.0, name
 
@@ -463,18 +461,6 @@ def test_a_finding_says_on_how_many_of_its_slices_the_model_denies_it(assessed):
         told = [text for text in finding.contradictions if "asked of each slice by itself" in text]
         assert len(told) == (denied > 0)
         assert all(f"on {len(here)} slices" in text and f"on {denied} of them" in text for text in told)
-
-
-def test_a_likelihood_may_rest_on_the_answers_of_the_rationale(predictor, phantom):
-    """Its logit is then what the step of the rationale says, up to how masks and maps are resampled."""
-    weights = {"mask+adc+dwi": {"intercept": 0.0, "dwi_said": 1.0}}
-    config = replace(predictor.postprocessing, lesion_likelihood=0.0, likelihood=weights)
-    (first, *_) = Predictor(predictor.checkpoint, predictor.device, config).assess(phantom).findings
-    step = next(step for step in first.rationale if step.node == "dwi_signal")
-    near = {step.concept: step.similarity} | {other.concept: other.similarity for other in step.runners_up}
-    logit = math.log(first.likelihood / (1 - first.likelihood))
-    odds = predictor.model.logit_scale.exp().item() * (near["dwi_marked_hyperintense"] - near["dwi_normal"])
-    assert abs(odds) > 1 and logit == pytest.approx(odds, rel=0.1)
 
 
 def test_what_is_below_the_threshold_is_told_and_not_marked(predictor, phantom, assessed):

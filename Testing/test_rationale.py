@@ -7,7 +7,7 @@ import pytest
 
 from MedRationaleLib.assessment import RationaleStep
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.evidence import TYPICAL_MM2, asked_of_slices, rank, region_similarity, said_of_signal
+from MedRationaleLib.evidence import TYPICAL_MM2, asked_of_slices, rank, region_similarity
 from MedRationaleLib.findings import Extension, LesionMeasurement
 from MedRationaleLib.rationale import LesionAnswers, signal_contradictions
 from MedRationaleLib.sectors import Sector
@@ -122,17 +122,6 @@ def test_the_mean_over_a_region_is_weighted_by_its_coverage():
     maps[1, 0] = [[0, 1], [0, 0]]
     weights = np.array([[[0.5, 1.5], [0, 0]]], np.float32)
     assert region_similarity(maps, weights) == pytest.approx([0.25, 0.75])
-
-
-def test_what_is_said_of_a_signal_is_the_log_odds_of_the_most_against_the_least_suspicious_answer():
-    rng = np.random.default_rng(0)
-    concepts = list(TREE.bank)
-    cosine = rng.uniform(-1, 1, (len(concepts), 2, 3, 3)).astype(np.float32)
-    probability = np.exp(12 * cosine)
-    for name, said in said_of_signal(cosine, concepts, 12.0).items():
-        node = TREE.nodes[f"{name}_signal"].candidates()
-        odds = probability[concepts.index(node[-1])] / probability[concepts.index(node[0])]
-        assert said == pytest.approx(np.log(odds), abs=1e-4)
 
 
 def test_ties_keep_the_trees_order():

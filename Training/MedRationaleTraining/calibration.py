@@ -19,7 +19,6 @@ from MedRationaleLib.errors import InputError
 from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.postprocessing import (
     OF_MASK,
-    SAID,
     Candidate,
     PostprocessingConfig,
     Sequences,
@@ -27,7 +26,7 @@ from MedRationaleLib.postprocessing import (
     lesion_candidates,
     split_zones,
 )
-from MedRationaleTraining.evaluation import SPACING, predictions
+from MedRationaleTraining.evaluation import SPACING, assess_masks, predictions
 from MedRationaleTraining.evidence_metrics import THRESHOLDS, heat_maps, intersection_over_union, true_regions
 from MedRationaleTraining.metrics import Detection, LesionResults, dice, match_lesions
 from MedRationaleTraining.rationale_metrics import asked
@@ -58,11 +57,11 @@ class Calibration:
     """As PostprocessingConfig has it; empty where there were too few candidates to fit it."""
     lesion_slices: int
     """Slices of the set on which candidates are then shown, cross-validated, too."""
-    gland_dice: dict[float, dict[float, float]]
-    """Opening in mm -> threshold -> mean volume Dice."""
-    lesion_score: dict[float, float]
+    gland_dice: dict[float, dict[float, float]] = field(default_factory=dict)
+    """Opening in mm -> threshold -> mean volume Dice; like the next two, empty where the choice was an earlier one."""
+    lesion_score: dict[float, float] = field(default_factory=dict)
     """Floor -> picai_eval's (AP + AUROC) / 2 by cross-validated likelihood."""
-    lesion_f2: dict[float, float]
+    lesion_f2: dict[float, float] = field(default_factory=dict)
     """Likelihood from which candidates are shown, at the chosen floor -> F2 over lesions, cross-validated."""
     presence_margin: float = 0.0
     """As PostprocessingConfig has it: by retrieval as many slices have a lesion as by the masks."""
@@ -82,8 +81,12 @@ def calibrate(
     *,
     cases: int | None = None,
     device: str = "cpu",
+    of_masks: PostprocessingConfig | None = None,
 ) -> Calibration:
-    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap."""
+    """Choose what belongs to the masks, a slice's margin, and of each heatmap the threshold of the best overlap.
+
+    Where `of_masks` was chosen for these very masks before, the first of these is taken from there.
+    """
     tree = DecisionTree.load()
     concepts = list(tree.bank)
     overlaps: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -101,7 +104,7 @@ def calibrate(
             nearer.append(rows[:, concepts.index(tree.present)] - rows[:, concepts.index(tree.absent)])
             yield found.probabilities, found.truth, found.sequences
 
-    chosen = calibrate_masks(masks(), folder)
+    chosen = calibrate_masks(masks(), folder) if of_masks is None else chosen_before(masks(), of_masks)
     best = {concept: np.concatenate(found).mean(0).argmax() for concept, found in overlaps.items()}
     chosen = replace(
         chosen,
@@ -196,6 +199,21 @@ def calibrate_masks(masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], f
     )
 
 
+def chosen_before(
+    masks: Iterable[tuple[np.ndarray, np.ndarray, Sequences]], config: PostprocessingConfig
+) -> Calibration:
+    """The choice that `config` holds, with the slices counted on which candidates are shown by it."""
+    shown = (assess_masks(*of_case, config)[1]["lesions"] for of_case in masks)
+    return Calibration(
+        gland_threshold=config.gland_threshold,
+        gland_opening_mm=config.gland_opening_mm,
+        lesion_floor=config.lesion_floor,
+        lesion_likelihood=config.lesion_likelihood,
+        likelihood={seen_on: dict(weights) for seen_on, weights in config.likelihood.items()},
+        lesion_slices=sum(int(lesions.any((1, 2)).sum()) for lesions in shown),
+    )
+
+
 def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
     labels = np.zeros(truth.shape, np.uint8)
     for number, candidate in enumerate(candidates, start=1):
@@ -208,16 +226,14 @@ def _match(candidates: Sequence[Candidate], truth: np.ndarray) -> _Found:
     )
 
 
-def _names(seen_on: str, found: Sequence[_Found]) -> tuple[str, ...]:
-    """Features of a candidate that was seen on these; what a model says is among them where it gives reasons."""
-    imaged = seen_on.split("+")[1:]
-    reasons = any(name + SAID in features for f in found for _, features in f.candidates for name in imaged)
-    return (*OF_MASK, *imaged, *(name + SAID for name in imaged if reasons))
+def _names(seen_on: str) -> tuple[str, ...]:
+    """Features of a candidate that was seen on these."""
+    return (*OF_MASK, *seen_on.split("+")[1:])
 
 
 def _table(found: Sequence[_Found], seen_on: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the candidates that were seen on all of these: features, hit or not, examination, and place in the list."""
-    names = _names(seen_on, found)
+    names = _names(seen_on)
     rows = [
         ([features[n] for n in names], hit, case, place)
         for case, f in enumerate(found)
@@ -254,7 +270,7 @@ def _weights(found: Sequence[_Found]) -> dict[str, dict[str, float]]:
         x, hits, cases, _ = _table(found, seen_on)
         if _enough(hits, cases):
             fitted = LogisticRegression().fit(x, hits)
-            named = zip(_names(seen_on, found), fitted.coef_[0], strict=True)
+            named = zip(_names(seen_on), fitted.coef_[0], strict=True)
             weights[seen_on] = {"intercept": round(float(fitted.intercept_[0]), 4)}
             weights[seen_on] |= {name: round(float(w), 4) for name, w in named}
     return weights

@@ -134,8 +134,8 @@ class TuningConfig:
     """Rank of the updates (SAMed's)."""
     masks: Literal["full", "frozen"] = "full"
     """Whether all that makes masks is trained (f_img, what is added to it, f_mask); frozen, the projection into the
-    shared space, f_txt and the heat alone are, so that heatmaps and answers change, and the initial model's
-    probabilities stay as they are."""
+    shared space, f_txt and the heat alone are, so that heatmaps change, and the initial model's masks, with the
+    thresholds that belong to them, stay as they are."""
     text: Literal["full", "frozen"] = "full"
     """Whether f_txt is trained; frozen, every phrasing is embedded once."""
     spread: bool = False

@@ -20,7 +20,6 @@ import torch
 from rich.progress import track
 
 from MedRationaleLib.decision_tree import DecisionTree
-from MedRationaleLib.evidence import said_of_signal
 from MedRationaleLib.files import check_writable, write_text
 from MedRationaleLib.model.checkpoint import load_checkpoint
 from MedRationaleLib.model.config import CLASSES
@@ -29,7 +28,6 @@ from MedRationaleLib.model.rationale_model import RationaleModel
 from MedRationaleLib.postprocessing import (
     DIFFUSION,
     PostprocessingConfig,
-    Seen,
     Sequences,
     clean_gland,
     label_lesions,
@@ -145,7 +143,7 @@ def predict(
     return Prediction(
         probabilities=full.float().cpu().numpy() * valid[0],
         truth=true_masks(labels, valid[0]),
-        sequences=diffusion(images, valid, said_on_images(model, similarity, size)),
+        sequences=diffusion(images, valid),
         pooled=(output.pool(weights).mean(0) @ concepts.T).cpu().numpy(),
         slices=(output.slice_means().mean(0) @ concepts.T).cpu().numpy(),
         similarity=similarity.cpu().numpy(),
@@ -166,22 +164,9 @@ def true_masks(labels: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.stack([zone > 0, zone == 1, zone == 2, valid & ((labels & LESION_BIT) > 0)])
 
 
-def diffusion(images: np.ndarray, valid: np.ndarray, said: Mapping[str, np.ndarray] | None = None) -> Sequences:
+def diffusion(images: np.ndarray, valid: np.ndarray) -> Sequences:
     """(3, S, 256, 256) images and where they have data -> "adc" and "dwi", as far as the examination has them."""
-    of_sequence = said or {}
-    return {
-        name: Seen(images[c], valid[c], of_sequence.get(name))
-        for c, name in enumerate(DIFFUSION, start=1)
-        if valid[c].any()
-    }
-
-
-def said_on_images(model: RationaleModel, similarity: torch.Tensor, size: Sequence[int]) -> dict[str, np.ndarray]:
-    """(K, S, h', w') -> sequence -> (S, *size), see evidence.said_of_signal."""
-    said = said_of_signal(similarity.cpu().numpy(), model.concepts, model.logit_scale.exp().item())
-    stacked = torch.from_numpy(np.stack(list(said.values())))
-    whole = torch.nn.functional.interpolate(stacked, tuple(size), mode="bilinear", align_corners=False)
-    return dict(zip(said, whole.numpy(), strict=True))
+    return {name: (images[c], valid[c]) for c, name in enumerate(DIFFUSION, start=1) if valid[c].any()}
 
 
 def mean_of_mirrored(pair: torch.Tensor) -> torch.Tensor:

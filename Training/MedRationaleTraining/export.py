@@ -50,7 +50,8 @@ def export_run(
         run: folder of a `fit`, finished or not.
         out: model folder: config.json, model.safetensors, MODEL_CARD.md.
         config: settings of the run, where it has no run.json.
-        calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it.
+        calibrate_on: synthetic validation set on which the thresholds are chosen; the first `cases` of it. Those of
+            masks that were not trained (`tuning.masks: frozen`) are the initial model's, where it has some.
         evaluation: evaluation.json of these very weights, for the card; its thresholds are taken over.
         scores: real_cases.json of these very weights, for the card.
         initial_share: how much of the weights is that of the model which the run began from, the rest the run's own
@@ -106,7 +107,10 @@ def export_run(
         postprocessing = _thresholds(report)
         training["evaluation"] = _figures(report)
     elif calibrate_on is not None:
-        chosen = calibrate(model, calibrate_on, cases=cases)
+        of_masks = None
+        if settings.get("tuning", {}).get("masks") == "frozen" and (known := _initial(about).postprocessing):
+            of_masks = PostprocessingConfig(**known)
+        chosen = calibrate(model, calibrate_on, cases=cases, of_masks=of_masks)
         postprocessing = dict(chosen.postprocessing)
         training["calibration"] = asdict(chosen)
     else:
