@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from MedRationaleTraining.calibration import ALIKE, SPACING, _best, calibrate_masks, margin_of
+from MedRationaleTraining.calibration import FLOORS, SPACING, calibrate_masks, margin_of
 
 from MedRationaleLib.errors import InputError
 from MedRationaleLib.postprocessing import PostprocessingConfig, lesion_candidates
@@ -69,10 +69,15 @@ def test_with_too_few_lesions_likelihood_is_the_mean_mask_probability() -> None:
     assert chosen.likelihood == {}
 
 
-def test_of_floors_that_score_alike_it_is_the_one_nearest_to_the_default() -> None:
-    scores = {0.1: 0.598, 0.2: 0.591, 0.25: 0.595, 0.5: 0.599}
-    assert _best(scores, 0.25, ALIKE) == 0.25 and _best(scores, 0.25) == 0.5
-    assert _best({**scores, 0.5: 0.61}, 0.25, ALIKE) == 0.5
+@pytest.mark.parametrize(("highest", "floor"), [(0.599, 0.25), (0.61, 0.5)])
+def test_of_floors_that_score_alike_it_is_the_one_nearest_to_the_default(
+    highest: float, floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [0.598, 0.587, 0.591, 0.595, 0.588, 0.592, highest]
+    told = iter(scores)
+    monkeypatch.setattr("MedRationaleTraining.calibration.Detection.score", lambda _: next(told))
+    chosen = calibrate_masks(examinations(3), "set")
+    assert chosen.lesion_score == dict(zip(FLOORS, scores, strict=True)) and chosen.lesion_floor == floor
 
 
 def test_the_gland_is_opened_as_far_as_takes_away_what_is_no_gland() -> None:

@@ -38,7 +38,8 @@ OPENINGS = (1.5, 5.0, 8.0)
 """mm; from the slices' distance up, an opening also takes away what is thin from slice to slice."""
 FLOORS = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50)
 ALIKE = 0.01
-"""Floors whose scores differ by less score the same: with 90 examinations a score's standard error is near 0.05."""
+"""Floors whose scores differ by less score the same: on 150 examinations the 95 % interval of the shipped model's
+average precision is 0.17 wide (its card)."""
 LIKELIHOODS = tuple(round(0.02 * i, 2) for i in range(1, 50))
 SEEN_ON = ("mask", "mask+adc", "mask+dwi", "mask+adc+dwi")
 FOLDS = 5
